@@ -1,0 +1,394 @@
+"""An architecture: a network without its weights, and what moves them without changing it."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias, TypeVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from symflow.arch.layout import FIXED, Axis, Leaf
+from symflow.arch.symmetry import Symmetry
+from symflow.arch.trace import trace
+from symflow.arch.verify import verify
+from symflow.errors import LeafError, ShapeError, SymmetryError
+from symflow.groups import Group
+from symflow.numerics import tolerance
+
+StateDict: TypeAlias = Mapping[str, Tensor]
+Weights: TypeAlias = "Tensor | StateDict | nn.Module | Sequence[Any]"
+_M = TypeVar("_M", bound=nn.Module)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A network as a function of a flat weight vector, with its verified symmetry group.
+
+    The last dimension of every weight tensor is the coordinate count D: parameters first, then
+    floating point buffers; anything in front is batch. Make one with :meth:`from_module` or
+    :func:`symflow.mlp`.
+
+    Attributes
+    ----------
+    module
+        The network; its own weights are never used.
+    inputs
+        The example inputs it was traced with.
+    leaves
+        Parameters, then buffers, in flat order.
+    symmetry
+        The product group over all axes; prints as a table.
+    output
+        Keys of the last linear map's leaves if the network ends with one, else empty.
+    aliases
+        Further keys of tied weights, with the key they are tied to.
+    config
+        A JSON-able description from which :func:`symflow.arch.from_config` builds it again, or
+        None for a module of the user's.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> arch = symflow.mlp([30, 16, 16, 2], activation="relu")
+    >>> arch.dimension, [a.name for a in arch.axes]
+    (802, ['h1', 'h2'])
+    >>> arch.apply(torch.zeros(5, 802), torch.zeros(7, 30)).shape
+    torch.Size([5, 7, 2])
+    """
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    leaves: tuple[Leaf, ...]
+    symmetry: Symmetry
+    output: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    config: dict[str, Any] | None = None
+
+    @staticmethod
+    def from_module(module: nn.Module, *example_inputs: Any) -> "Architecture":
+        """Trace a module, find the symmetries of its weights, and try each of them.
+
+        Parameters
+        ----------
+        module
+            Any module torch.fx can trace and all of whose operations have a rule. It is copied.
+        *example_inputs
+            What ``forward`` takes; the first dimension is the batch.
+
+        Raises
+        ------
+        UnsupportedModuleError
+            If tracing fails or an operation has no rule (:func:`symflow.arch.rule`).
+        SymmetryError
+            If a rule claims a symmetry that changes the output.
+
+        Notes
+        -----
+        Costs one traced forward pass, and four in float64 for the check.
+
+        Examples
+        --------
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        >>> arch = Architecture.from_module(net, torch.zeros(1, 4))
+        >>> arch.symmetry["h1"].group
+        Permutation(size=8) @ Sign(size=8)
+        """
+        template = copy.deepcopy(module).eval().requires_grad_(False)
+        names, aliases = _canonical_names(template)
+        found = trace(template, example_inputs, names)
+        leaves = _leaves(template, found.leaves, dict(aliases))
+        symmetry = Symmetry(leaves, found.axes, found.fixed)
+        verify(template, example_inputs, leaves, symmetry)
+        return Architecture(template, example_inputs, leaves, symmetry, found.output, aliases)
+
+    # ---------------------------------------------------------------- sizes and names
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes on which a group acts, from input to output."""
+        return self.symmetry.axes
+
+    @cached_property
+    def dimension(self) -> int:
+        """Number D of coordinates of a weight vector, buffers included."""
+        return sum(leaf.size for leaf in self.leaves)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number P of learnable coordinates; they are the first ones."""
+        return sum(leaf.size for leaf in self.leaves if leaf.learnable)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of leaves, axes and groups: files of one architecture do not load into another."""
+        rows: list[Any] = [
+            [x.name, x.shape, x.learnable, [[d.axis, d.degree, d.outer, d.inner] for d in x.dims]]
+            for x in self.leaves
+        ]
+        rows += [[a.name, a.size, str(a.group)] for a in self.axes]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+    def leaf(self, name: str) -> Leaf:
+        """Return a leaf by its key.
+
+        Raises
+        ------
+        LeafError
+            If there is none of that name.
+        """
+        for leaf in self.leaves:
+            if leaf.name == name:
+                return leaf
+        raise LeafError(f"no leaf {name!r}; the leaves are {[x.name for x in self.leaves]}")
+
+    def __repr__(self) -> str:
+        return (
+            f"Architecture({type(self.module).__name__}: {len(self.leaves)} leaves, "
+            f"D = {self.dimension}, axes {', '.join(f'{a.name}({a.size})' for a in self.axes)})"
+        )
+
+    def with_groups(self, groups: Mapping[str, Group[Any]]) -> "Architecture":
+        """Replace the groups of some axes, and try the new claim on the network.
+
+        Raises
+        ------
+        ShapeError
+            If an axis is unknown or a group has another size.
+        SymmetryError
+            If the function changes under a new group.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> arch = symflow.mlp([3, 4, 2]).with_groups({"h1": symflow.Permutation(4)})
+        >>> arch.axes[0].group
+        Permutation(size=4)
+        """
+        for name, group in groups.items():
+            if self.symmetry[name].size != group.size:
+                raise ShapeError(
+                    f"axis {name} has {self.symmetry[name].size} units, {group} acts on "
+                    f"{group.size}"
+                )
+        axes = tuple(
+            replace(a, group=groups[a.name], reason="chosen by the user")
+            if a.name in groups
+            else a
+            for a in self.axes
+        )
+        symmetry = replace(self.symmetry, axes=axes)
+        verify(self.module, self.inputs, self.leaves, symmetry)
+        config = None if self.config is None or groups else self.config
+        return replace(self, symmetry=symmetry, config=config)
+
+    # ---------------------------------------------------------------- weights in and out
+
+    def as_weights(self, w: "Weights", *, name: str = "w") -> Float[Tensor, "*batch D"]:
+        """Return flat weights from a flat tensor, a state dict, a module, or a sequence of these.
+
+        Raises
+        ------
+        ShapeError
+            If a flat tensor does not end with D coordinates.
+        LeafError
+            If a leaf is missing, unknown, misshapen, not finite, or dtypes or devices are mixed.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> arch = symflow.mlp([3, 4, 2])
+        >>> arch.as_weights([arch.module, arch.module]).shape
+        torch.Size([2, 26])
+        """
+        if isinstance(w, Tensor):
+            flat = w
+            if w.ndim == 0 or w.shape[-1] != self.dimension:
+                raise ShapeError(
+                    f"{name} must be flat weights (*batch, D = {self.dimension}), got shape "
+                    f"{tuple(w.shape)}"
+                )
+            tolerance(w.dtype)
+        elif isinstance(w, nn.Module | Mapping):
+            flat = self.flatten(w, name=name)
+        else:
+            parts = [self.as_weights(x, name=f"{name}[{k}]") for k, x in enumerate(w)]
+            if not parts:
+                raise ShapeError(f"{name} is an empty sequence: at least one network is needed")
+            flat = torch.stack(parts)
+        self._refuse_nonfinite(flat, name)
+        return flat
+
+    def flatten(
+        self, source: "StateDict | nn.Module", *, name: str = "state dict"
+    ) -> Float[Tensor, "*batch D"]:
+        """Concatenate the leaves of a state dict (or module) into one vector, on a copy.
+
+        Leaves may carry common batch dimensions in front. Entries that are no leaves (integer
+        counters, further keys of tied weights) are ignored.
+
+        Raises
+        ------
+        LeafError
+            If a leaf is missing, unknown, misshapen, or dtypes or devices are mixed.
+        """
+        state = source.state_dict() if isinstance(source, nn.Module) else source
+        self._check_names(state, name)
+        first = state[self.leaves[0].name]
+        batch = first.shape[: first.ndim - len(self.leaves[0].shape)]
+        for leaf in self.leaves:
+            x = state[leaf.name]
+            if x.shape != (*batch, *leaf.shape):
+                raise LeafError(
+                    f"{name}: leaf {leaf.name!r} must have shape {(*batch, *leaf.shape)}, got "
+                    f"{tuple(x.shape)}"
+                )
+            if (x.dtype, x.device) != (first.dtype, first.device):
+                raise LeafError(
+                    f"{name}: leaves of mixed dtype or device: {self.leaves[0].name!r} is "
+                    f"{first.dtype} on {first.device}, {leaf.name!r} is {x.dtype} on {x.device}; "
+                    "convert the network first, as in net.to(device, dtype)"
+                )
+        tolerance(first.dtype)
+        pieces = [state[leaf.name].detach().reshape(*batch, leaf.size) for leaf in self.leaves]
+        return torch.cat(pieces, dim=-1)
+
+    def unflatten(self, w: Float[Tensor, "*batch D"]) -> dict[str, Tensor]:
+        """Return named views (*batch, *leaf.shape) of flat weights; nothing is copied."""
+        if w.shape[-1] != self.dimension:
+            raise ShapeError(f"w must end with D = {self.dimension}, got {tuple(w.shape)}")
+        # One split, not a slice for each leaf: its backward pass is one concatenation.
+        pieces = w.split([leaf.size for leaf in self.leaves], dim=-1)
+        return {
+            leaf.name: piece.reshape(*w.shape[:-1], *leaf.shape)
+            for leaf, piece in zip(self.leaves, pieces, strict=True)
+        }
+
+    def state_dict(self, w: Float[Tensor, "*batch D"]) -> dict[str, Tensor]:
+        """Return a complete state dict: the leaves, tied keys, and the template's counters."""
+        found = self.unflatten(w)
+        found |= {alias: found[name] for alias, name in self.aliases}
+        own = self.module.state_dict()
+        return {key: found.get(key, value) for key, value in own.items()}
+
+    def load_into(self, module: _M, w: Float[Tensor, " D"]) -> _M:
+        """Copy weights into a module of this architecture and return it."""
+        w = self.as_weights(w)
+        if w.ndim != 1:
+            raise ShapeError(f"one network wanted, w of shape (D,), got {tuple(w.shape)}")
+        module.load_state_dict(self.state_dict(w))
+        return module
+
+    def apply(self, w: Float[Tensor, "*batch D"], *inputs: Tensor) -> Float[Tensor, "*out"]:
+        """Run every network of a batch on the same inputs (evaluation mode).
+
+        Parameters
+        ----------
+        w
+            Flat weights (*batch, D).
+        *inputs
+            What the module's ``forward`` takes.
+
+        Returns
+        -------
+        Tensor
+            Outputs (*batch, *output.shape); differentiable in ``w`` and the inputs.
+        """
+        return self._call(w, inputs, None)
+
+    def apply_paired(self, w: Float[Tensor, "*batch D"], *inputs: Tensor) -> Float[Tensor, "*out"]:
+        """Run every network on its own inputs, which carry the batch dimensions of ``w`` in front.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> arch = symflow.mlp([3, 4, 2])
+        >>> arch.apply_paired(torch.zeros(5, 26), torch.zeros(5, 7, 3)).shape
+        torch.Size([5, 7, 2])
+        """
+        batch = w.shape[:-1]
+        for x in inputs:
+            if x.shape[: len(batch)] != batch:
+                raise ShapeError(
+                    f"inputs must begin with the batch shape {tuple(batch)} of w, got "
+                    f"{tuple(x.shape)}"
+                )
+        return self._call(w, tuple(x.reshape(-1, *x.shape[len(batch) :]) for x in inputs), 0)
+
+    def _call(self, w: Tensor, inputs: tuple[Tensor, ...], in_dim: int | None) -> Tensor:
+        batch = w.shape[:-1]
+        state = self.unflatten(w.reshape(-1, w.shape[-1]))
+        dims = (0, *(in_dim for _ in inputs))
+        out = vmap(self._forward, in_dims=dims)(state, *inputs)
+        return out.reshape(*batch, *out.shape[1:])
+
+    def _forward(self, state: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+        return functional_call(self.module, state, inputs)
+
+    # ---------------------------------------------------------------- checks
+
+    def _check_names(self, state: StateDict, name: str) -> None:
+        wanted = {leaf.name for leaf in self.leaves}
+        missing = sorted(wanted - set(state))
+        if missing:
+            raise LeafError(f"{name}: missing leaves {missing}; it has {sorted(state)[:12]}")
+        unknown = sorted(set(state) - set(self.module.state_dict()))
+        if unknown:
+            raise LeafError(
+                f"{name}: unknown leaves {unknown}; the architecture has {sorted(wanted)[:12]}. "
+                "Drop them, or trace the module that they belong to"
+            )
+
+    def _refuse_nonfinite(self, w: Tensor, name: str) -> None:
+        if bool(w.detach().isfinite().all()):
+            return
+        for leaf in self.leaves:
+            part = w.detach()[..., leaf.span]
+            bad = int((~part.isfinite()).sum())
+            if bad:
+                raise LeafError(
+                    f"{name}: leaf {leaf.name!r} holds {bad} NaN or infinite value(s): this network "
+                    "has diverged; leave it out"
+                )
+
+
+def _canonical_names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
+    """Every key with the first key of the same tensor, and the list of the further keys."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for pairs in (
+        module.named_parameters(remove_duplicate=False),
+        module.named_buffers(remove_duplicate=False),
+    ):
+        for key, value in pairs:
+            names[key] = first.setdefault(id(value), key)
+    return names, tuple((k, v) for k, v in names.items() if k != v)
+
+
+def _leaves(
+    module: nn.Module, dims: dict[str, Any], aliases: dict[str, str]
+) -> tuple[Leaf, ...]:
+    state = module.state_dict()
+    parameters = dict(module.named_parameters())
+    ordered = [k for k in state if k in parameters] + [k for k in state if k not in parameters]
+    leaves: list[Leaf] = []
+    offset = 0
+    for key in ordered:
+        value = state[key]
+        if key in aliases or not value.is_floating_point():
+            continue
+        shape = tuple(value.shape)
+        labels = dims.get(key, (FIXED,) * len(shape))
+        if len(labels) != len(shape):
+            raise SymmetryError(
+                f"the rule for leaf {key!r} labels {len(labels)} dimensions, it has {len(shape)}"
+            )
+        leaves.append(Leaf(key, shape, labels, offset, key in parameters))
+        offset += leaves[-1].size
+    return tuple(leaves)

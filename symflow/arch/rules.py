@@ -1,0 +1,255 @@
+"""Which group acts where, as data: rules from modules and functions to axes.
+
+A rule says what one operation does to the labels of its input: which axis each dimension runs over
+and with which degree. An activation needs no code, only its properties (:class:`Activation`).
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from symflow.arch.layout import FIXED, Dim
+from symflow.errors import UnsupportedModuleError
+
+if TYPE_CHECKING:
+    from symflow.arch.trace import Call
+
+
+@final
+@dataclass(frozen=True)
+class Activation:
+    """What an element-wise function commutes with, beside permutations (Godfrey et al., 2022).
+
+    Attributes
+    ----------
+    odd
+        sigma(-z) = -sigma(z): sign flips pass through.
+    homogeneous
+        The k with sigma(s z) = s^k sigma(z) for all s > 0, or None: positive scales pass through.
+
+    Examples
+    --------
+    >>> Activation(odd=True)                # tanh, sin, erf
+    Activation(odd=True, homogeneous=None)
+    >>> Activation(homogeneous=1)           # ReLU
+    Activation(odd=False, homogeneous=1)
+    """
+
+    odd: bool = False
+    homogeneous: int | None = None
+
+    def __str__(self) -> str:
+        kinds = ["permutations"]
+        kinds += ["signs"] if self.odd else []
+        kinds += ["positive scales"] if self.homogeneous is not None else []
+        return " and ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[1:] else kinds)
+
+
+LINEAR = Activation(odd=True, homogeneous=1)
+RELU = Activation(homogeneous=1)
+ODD = Activation(odd=True)
+PLAIN = Activation()
+
+
+@final
+@dataclass(frozen=True)
+class Value:
+    """The label of a tensor inside the network.
+
+    Attributes
+    ----------
+    shape
+        Its shape on the example inputs.
+    dims
+        One :class:`Dim` for each dimension; the first one is the batch and always fixed.
+    made_by
+        Leaves of the linear map whose result this is, if nothing has happened to it since.
+    """
+
+    shape: tuple[int, ...]
+    dims: tuple[Dim, ...]
+    made_by: tuple[str, ...] = ()
+
+    def with_dim(self, dim: int, label: Dim, size: int) -> "Value":
+        """Replace one dimension: its label and its size."""
+        shape, dims = list(self.shape), list(self.dims)
+        shape[dim], dims[dim] = size, label
+        return Value(tuple(shape), tuple(dims))
+
+
+Rule: TypeAlias = "Callable[..., Value]"
+_R = TypeVar("_R", bound=Callable[..., Any])
+_RULES: dict[Any, Activation | Callable[..., Value]] = {}
+
+
+def rule(target: Any, activation: Activation | None = None) -> Any:
+    """Register what a module class, a function or a tensor method does to the axes.
+
+    Parameters
+    ----------
+    target
+        A subclass of ``nn.Module``, a function (``torch.tanh``), or the name of a tensor method.
+    activation
+        For an element-wise function: what it commutes with. Leave it out to decorate a rule
+        ``rule(call, *inputs) -> Value`` for an operation with weights.
+
+    Returns
+    -------
+    Callable
+        The decorator, where no activation is given.
+
+    Notes
+    -----
+    A rule is a claim, and no more: ``Architecture.from_module`` tries every claim on the module in
+    float64 and refuses a false one with :class:`~symflow.errors.SymmetryError`.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> from torch import nn
+    >>> symflow.arch.rule(nn.Hardshrink, symflow.arch.Activation(odd=True))
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Hardshrink(), nn.Linear(3, 1))
+    >>> symflow.Architecture.from_module(net, torch.zeros(1, 2)).axes[0].group
+    Permutation(size=3) @ Sign(size=3)
+    """
+    if activation is not None:
+        _RULES[target] = activation
+        return None
+
+    def register(function: _R) -> _R:
+        _RULES[target] = function
+        return function
+
+    return register
+
+
+def find_rule(target: Any) -> Activation | Callable[..., Value] | None:
+    """Return the rule of a module class (or its nearest base class), function or method name."""
+    if isinstance(target, type):
+        return next((_RULES[c] for c in target.__mro__ if c in _RULES), None)
+    return _RULES.get(target)
+
+
+def require_rule(target: Any, path: str) -> Activation | Callable[..., Value]:
+    """Return the rule, or say how to write it.
+
+    Raises
+    ------
+    UnsupportedModuleError
+        If there is none.
+    """
+    found = find_rule(target)
+    if found is None:
+        name = target if isinstance(target, str) else getattr(target, "__qualname__", str(target))
+        module = getattr(target, "__module__", "")
+        raise UnsupportedModuleError(
+            f"no symmetry rule for {name!r} ({module or 'tensor method'}) at {path!r}. Register "
+            f"one: symflow.arch.rule({name}, symflow.arch.Activation(odd=..., homogeneous=...)) if "
+            "it acts on each element alone, else decorate a function (call, *inputs) -> Value with "
+            f"@symflow.arch.rule({name}); symflow/arch/rules.py shows the one of nn.Linear"
+        )
+    return found
+
+
+for _target in (nn.ReLU, F.relu, torch.relu, "relu", nn.LeakyReLU, F.leaky_relu):
+    rule(_target, RELU)
+for _target in (
+    *(nn.Tanh, torch.tanh, F.tanh, "tanh", torch.sin, "sin", torch.erf, "erf"),
+    *(nn.Hardtanh, F.hardtanh, nn.Softsign, F.softsign, nn.Tanhshrink, torch.arctan),
+):
+    rule(_target, ODD)
+for _target in (
+    *(nn.GELU, F.gelu, nn.SiLU, F.silu, nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"),
+    *(nn.Softplus, F.softplus, nn.ELU, F.elu, nn.Mish, F.mish, nn.SELU, F.selu, nn.CELU),
+    *(nn.Softmax, F.softmax, "softmax", nn.LogSoftmax, F.log_softmax, "log_softmax"),
+    *(nn.ReLU6, F.relu6, nn.Hardswish, nn.Hardsigmoid, torch.exp, torch.cos, "cos"),
+):
+    rule(_target, PLAIN)
+
+
+@rule(nn.Identity)
+@rule(nn.Dropout)
+@rule(F.dropout)
+@rule("contiguous")
+def _unchanged(call: "Call", x: Value, *_args: Any, **_options: Any) -> Value:
+    return x
+
+
+@rule(operator.mul)
+@rule(operator.truediv)
+def _times_constant(call: "Call", x: Any, y: Any) -> Value:
+    if isinstance(x, Value) and not isinstance(y, Value):
+        return call.elementwise(x, LINEAR)
+    if isinstance(y, Value) and not isinstance(x, Value) and call.target is operator.mul:
+        return call.elementwise(y, LINEAR)
+    raise UnsupportedModuleError(
+        f"{call.path!r}: products and quotients of two tensors have no rule; register one for "
+        f"{call.target}"
+    )
+
+
+@rule(nn.Linear)
+def _linear(call: "Call", x: Value) -> Value:
+    out = call.new_axis(call.module.out_features)
+    leaves = [call.label("weight", out, x.dims[-1].dual())]
+    if call.module.bias is not None:
+        leaves.append(call.label("bias", out))
+    moved = x.with_dim(-1, out, call.module.out_features)
+    return replace(moved, made_by=tuple(leaves))
+
+
+@rule(nn.PReLU)
+def _prelu(call: "Call", x: Value) -> Value:
+    channel = x.dims[1] if len(x.dims) > 1 and call.module.num_parameters > 1 else FIXED
+    call.label("weight", replace(channel, degree=0))
+    return call.elementwise(x, RELU)
+
+
+@rule(nn.BatchNorm1d)
+def _batch_norm(call: "Call", x: Value) -> Value:
+    # The normalisation hides the scale of what comes in, so two axes meet here: they share their
+    # permutation, but only the new one (gain, bias, next map) can be scaled.
+    before = x.dims[1]
+    if before.axis is None:
+        after = FIXED
+    elif call.module.affine:
+        after = call.follow_axis(before)
+    else:
+        after = call.elementwise(x, PLAIN).dims[1]
+    if call.module.affine:
+        call.label("weight", after)
+        call.label("bias", after)
+    if call.module.track_running_stats:
+        call.label("running_mean", replace(before, degree=0))
+        call.label("running_var", replace(before, degree=0))
+    return x.with_dim(1, after, x.shape[1])
+
+
+@rule(nn.Flatten)
+def _flatten_module(call: "Call", x: Value) -> Value:
+    return call.flatten(x, call.module.start_dim, call.module.end_dim)
+
+
+@rule(torch.flatten)
+@rule("flatten")
+def _flatten(call: "Call", x: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
+    return call.flatten(x, start_dim, end_dim)
+
+
+@rule("view")
+@rule("reshape")
+@rule(torch.reshape)
+def _reshape(call: "Call", x: Value, *_shape: Any) -> Value:
+    if call.shape == x.shape:
+        return x
+    if len(call.shape) == 2 and call.shape[0] == x.shape[0]:
+        return call.flatten(x, 1, -1)
+    raise UnsupportedModuleError(
+        f"{call.path!r}: a reshape from {x.shape} to {call.shape} has no rule (only flattening all "
+        "but the batch has); use nn.Flatten, or register a rule"
+    )

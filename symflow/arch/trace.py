@@ -1,0 +1,343 @@
+"""From a module to its axes: torch.fx gives the graph, the rules label it, union-find ties axes."""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, fx, nn
+
+from symflow.arch.layout import FIXED, Axis, Dim
+from symflow.arch.rules import Activation, Value, find_rule, require_rule
+from symflow.errors import ShapeError, UnsupportedModuleError
+from symflow.groups import Group, Permutation, PositiveScale, Sign, Trivial
+
+
+@dataclass
+class _RawAxis:
+    """An axis while it is being found out: what has not been ruled out still acts on it."""
+
+    size: int
+    source: str
+    parent: str | None = None
+    hides_scale: bool = False  # its scale ends at a normalisation: degrees become 0 in the parent
+    sign: bool = True
+    scale: bool = True
+    fixed: str = ""
+    passed: list[str] = field(default_factory=lambda: [])
+
+
+@final
+class Tracing:
+    """The labels collected so far, and the union-find over axes."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.axes: dict[str, _RawAxis] = {}
+        self.leaves: dict[str, tuple[Dim, ...]] = {}
+        self.names = names  # alias -> canonical name, for tied weights
+
+    def new_axis(self, size: int, source: str) -> str:
+        """Open an axis on which everything acts until something speaks against it."""
+        name = f"#{len(self.axes)}"
+        self.axes[name] = _RawAxis(size, source)
+        return name
+
+    def resolve(self, dim: Dim) -> Dim:
+        """Follow an axis to its root, with the degree that is left there."""
+        if dim.axis is None:
+            return FIXED
+        axis, degree = dim.axis, dim.degree
+        while (parent := self.axes[axis].parent) is not None:
+            degree = 0 if self.axes[axis].hides_scale else degree
+            axis = parent
+        return replace(dim, axis=axis, degree=degree)
+
+    def fix(self, dim: Dim, reason: str) -> None:
+        """Nothing may act on this dimension's axis."""
+        root = self.resolve(dim).axis
+        if root is not None and not self.axes[root].fixed:
+            self.axes[root].fixed = reason
+
+    def unify(self, a: Dim, b: Dim, reason: str) -> None:
+        """Both dimensions must move together."""
+        a, b = self.resolve(a), self.resolve(b)
+        if a.axis is None or b.axis is None:
+            self.fix(a if b.axis is None else b, reason)
+            return
+        one, two = self.axes[a.axis], self.axes[b.axis]
+        if (one.size, a.outer, a.inner) != (two.size, b.outer, b.inner):
+            self.fix(a, reason)
+            self.fix(b, reason)
+            return
+        if a.degree != b.degree:
+            one.scale = False
+            one.sign = one.sign and (a.degree - b.degree) % 2 == 0
+        if a.axis != b.axis:
+            two.parent = a.axis
+            one.sign, one.scale = one.sign and two.sign, one.scale and two.scale
+            one.fixed = one.fixed or two.fixed
+            one.passed += two.passed
+
+    def label(self, name: str, dims: tuple[Dim, ...]) -> None:
+        """Label a leaf; a leaf used twice ties the axes of both uses together."""
+        name = self.names.get(name, name)
+        if name in self.leaves:
+            for a, b in zip(self.leaves[name], dims, strict=True):
+                self.unify(a, b, f"{name} is used more than once")
+        else:
+            self.leaves[name] = dims
+
+    def group(self, raw: _RawAxis) -> Group[Any]:
+        """Return what may act on a root axis."""
+        if raw.fixed:
+            return Trivial(raw.size)
+        group: Group[Any] = Permutation(raw.size)
+        group = group @ Sign(raw.size) if raw.sign else group
+        return group @ PositiveScale(raw.size) if raw.scale else group
+
+
+@final
+@dataclass(frozen=True)
+class Call:
+    """One operation of the graph, as a rule sees it.
+
+    Attributes
+    ----------
+    tracing
+        What has been collected so far.
+    target
+        The module class, function or method name that the rule was found under.
+    path
+        Where in the module it stands (``blocks.0.linear``).
+    module
+        The module itself; for functions the traced root.
+    shape
+        Shape of the result on the example inputs.
+    """
+
+    tracing: Tracing
+    target: Any
+    path: str
+    module: Any
+    shape: tuple[int, ...]
+
+    def new_axis(self, size: int) -> Dim:
+        """Open an axis for an outgoing dimension of ``size`` units."""
+        return Dim(self.tracing.new_axis(size, self.path), 1)
+
+    def follow_axis(self, before: Dim) -> Dim:
+        """Open an axis that shares the permutation of ``before``, but is scaled on its own."""
+        raw = self.tracing.axes[self.tracing.resolve(before).axis or ""]
+        after = self.tracing.new_axis(raw.size, f"{raw.source} and {self.path}")
+        raw.parent, raw.hides_scale = after, True
+        self.tracing.axes[after].fixed = raw.fixed
+        return replace(before, axis=after, degree=1)
+
+    def label(self, leaf: str, *dims: Dim) -> str:
+        """Say what the dimensions of one of the module's own leaves run over; return its key."""
+        name = f"{self.path}.{leaf}" if self.path else leaf
+        self.tracing.label(name, dims)
+        return name
+
+    def elementwise(self, x: Value, activation: Activation) -> Value:
+        """Pass ``x`` through a function of single elements: what it does not commute with, ends."""
+        dims: list[Dim] = []
+        for dim in x.dims:
+            if dim.axis is not None:
+                raw = self.tracing.axes[self.tracing.resolve(dim).axis or ""]
+                raw.sign = raw.sign and (activation.odd or dim.degree % 2 == 0)
+                raw.scale = raw.scale and activation.homogeneous is not None
+                name = self.target if isinstance(self.target, str) else self.target.__name__
+                raw.passed.append(f"{name} commutes with {activation}")
+                dim = replace(dim, degree=dim.degree * (activation.homogeneous or 1))
+            dims.append(dim)
+        return Value(x.shape, tuple(dims))
+
+    def flatten(self, x: Value, start: int, end: int) -> Value:
+        """Merge dimensions; an axis among them is repeated."""
+        n = len(x.dims)
+        start, end = start % n, end % n
+        moving = [k for k in range(start, end + 1) if x.dims[k].axis is not None]
+        size = _product(x.shape[start : end + 1])
+        if len(moving) > 1:
+            for k in moving:
+                self.tracing.fix(x.dims[k], f"flattened together with another axis at {self.path}")
+            moving = []
+        label = FIXED
+        if moving:
+            k = moving[0]
+            label = replace(
+                x.dims[k],
+                outer=_product(x.shape[start:k]) * x.dims[k].outer,
+                inner=x.dims[k].inner * _product(x.shape[k + 1 : end + 1]),
+            )
+        shape = (*x.shape[:start], size, *x.shape[end + 1 :])
+        made_by = x.made_by if start == end else ()
+        return Value(shape, (*x.dims[:start], label, *x.dims[end + 1 :]), made_by)
+
+
+@final
+@dataclass(frozen=True)
+class Trace:
+    """What tracing found: labels of leaves, axes that move, axes that do not, the last layer."""
+
+    leaves: dict[str, tuple[Dim, ...]]
+    axes: tuple[Axis, ...]
+    fixed: tuple[Axis, ...]
+    output: tuple[str, ...]
+
+
+def trace(module: nn.Module, inputs: tuple[Any, ...], names: dict[str, str]) -> Trace:
+    """Trace a module and label every leaf.
+
+    Parameters
+    ----------
+    module
+        The network, in evaluation mode.
+    inputs
+        Example inputs; the first dimension of each is the batch.
+    names
+        From every key of the state dict to its canonical one (tied weights share a canonical key).
+
+    Raises
+    ------
+    UnsupportedModuleError
+        If torch.fx cannot trace the module or an operation has no rule; it names the place.
+    """
+    tracing = Tracing(names)
+    graph = _symbolic(module)
+    interpreter = _Interpreter(graph, tracing)
+    with torch.no_grad():
+        interpreter.run(*inputs)
+    return _finish(tracing, interpreter.result)
+
+
+def _finish(tracing: Tracing, output: Value) -> Trace:
+    for dim in output.dims:
+        tracing.fix(dim, "read out: the order and sign of the outputs have a meaning")
+    names: dict[str, str] = {}
+    moving: list[Axis] = []
+    fixed: list[Axis] = []
+    for key, raw in tracing.axes.items():
+        if raw.parent is not None:
+            continue
+        if raw.fixed:
+            name = "output" if raw.fixed.startswith("read out") else f"fixed {len(fixed)}"
+            fixed.append(Axis(name, raw.size, Trivial(raw.size), f"{raw.source}: {raw.fixed}"))
+            continue
+        names[key] = f"h{len(moving) + 1}"
+        why = f"out of {raw.source}; " + ("; ".join(dict.fromkeys(raw.passed)) or "linear")
+        moving.append(Axis(names[key], raw.size, tracing.group(raw), why))
+
+    def final(dim: Dim) -> Dim:
+        dim = tracing.resolve(dim)
+        return replace(dim, axis=names[dim.axis]) if dim.axis in names else FIXED
+
+    leaves = {name: tuple(map(final, dims)) for name, dims in tracing.leaves.items()}
+    return Trace(leaves, tuple(moving), tuple(fixed), output.made_by)
+
+
+class _Tracer(fx.Tracer):
+    """Stops at every module that has a rule, and at PyTorch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if find_rule(type(m)) is not None:
+            return True
+        return fx.Tracer.is_leaf_module(self, m, module_qualified_name)
+
+
+def _symbolic(module: nn.Module) -> fx.GraphModule:
+    if find_rule(type(module)) is not None:
+        # torch.fx would trace the inside of a root; a lone layer must be seen as one.
+        raise UnsupportedModuleError(
+            f"{type(module).__name__} is a single layer: wrap it, as in nn.Sequential(layer)"
+        )
+    try:
+        return fx.GraphModule(module, _Tracer().trace(module))
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if "torch/" not in f.filename.replace("\\", "/")]
+        place = own[-1] if own else frames[-1]
+        raise UnsupportedModuleError(
+            f"torch.fx cannot trace {type(module).__name__}: {error} (at {place.filename}:"
+            f"{place.lineno}: {place.line}). Control flow on tensor values cannot be traced; move "
+            "it into a submodule and register a rule for that with symflow.arch.rule"
+        ) from error
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs the graph on example inputs and carries the labels along."""
+
+    def __init__(self, graph: fx.GraphModule, tracing: Tracing) -> None:
+        fx.Interpreter.__init__(self, graph)
+        self.tracing = tracing
+        self.labels: dict[fx.Node, Any] = {}
+        self.result = Value((), ())
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; label its result if that is a tensor."""
+        result = fx.Interpreter.run_node(self, n)
+        if n.op == "output":
+            label = self._label(n.args[0])
+            if not isinstance(label, Value):
+                raise UnsupportedModuleError(
+                    f"the module must return one tensor, it returns {type(result).__name__}"
+                )
+            self.result = label
+        elif isinstance(result, Tensor):
+            self.labels[n] = self._apply(n, tuple(result.shape))
+        return result
+
+    def _apply(self, n: fx.Node, shape: tuple[int, ...]) -> Value:
+        if n.op == "placeholder":
+            return Value(shape, (FIXED,) * len(shape))
+        if n.op == "get_attr":
+            raise UnsupportedModuleError(
+                f"the leaf {n.target!r} is used directly in forward: put it into a submodule and "
+                "register a rule for that with symflow.arch.rule"
+            )
+        target, path, module = n.target, n.name, self.module
+        if n.op == "call_module":
+            path = str(n.target)
+            module = self.module.get_submodule(path)
+            target = type(module)
+        rule = require_rule(target, path)
+        call = Call(self.tracing, target, path, module, shape)
+        args = fx.node.map_aggregate(n.args, self._label)
+        options = fx.node.map_aggregate(n.kwargs, self._label)
+        if isinstance(rule, Activation):
+            value = call.elementwise(_first_value(args, options, path), rule)
+        else:
+            value = _run(rule, call, args, options)
+        if value.shape != shape:
+            raise ShapeError(
+                f"the rule for {path!r} labels a result of shape {value.shape}, but it is {shape}"
+            )
+        return value
+
+    def _label(self, x: Any) -> Any:
+        return self.labels.get(x) if isinstance(x, fx.Node) else x
+
+
+def _run(rule: Callable[..., Value], call: Call, args: Any, options: Any) -> Value:
+    try:
+        return rule(call, *args, **options)
+    except TypeError as error:
+        raise UnsupportedModuleError(
+            f"the rule for {call.path!r} does not take these arguments: {error}"
+        ) from error
+
+
+def _first_value(args: Any, options: Any, path: str) -> Value:
+    for x in (*args, *options.values()):
+        if isinstance(x, Value):
+            return x
+    raise UnsupportedModuleError(f"{path!r} has no tensor among its arguments")
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    n = 1
+    for size in sizes:
+        n *= size
+    return n

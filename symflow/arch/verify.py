@@ -1,0 +1,125 @@
+"""The gate: a claimed symmetry is tried on the network before it is believed."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from symflow.arch.layout import Leaf
+from symflow.arch.symmetry import Symmetry
+from symflow.errors import SymmetryError
+from symflow.numerics import tolerance
+
+_DRAWS = 3
+_SEED = 0
+
+
+def verify(
+    module: nn.Module, inputs: tuple[Any, ...], leaves: tuple[Leaf, ...], symmetry: Symmetry
+) -> float:
+    """Move random weights by random elements and compare the outputs in float64.
+
+    All axes are moved at once; only when that changes the output, each axis is tried alone, so
+    that the error can name it. The weights tried are random, not the module's own: freshly
+    initialised normalisation layers (gain one, shift zero) would hide a wrong claim.
+
+    Parameters
+    ----------
+    module
+        The network in evaluation mode; it is copied, not changed.
+    inputs
+        Example inputs; floating point ones are replaced by standard normal draws.
+    leaves
+        Leaves in flat order.
+    symmetry
+        The claim.
+
+    Returns
+    -------
+    float
+        Largest change of an output relative to the largest output, over the draws.
+
+    Raises
+    ------
+    SymmetryError
+        If the function changes; it names axis, group and size of the change.
+    """
+    double = copy.deepcopy(module).double().eval()
+    generator = torch.Generator().manual_seed(_SEED)
+    inputs = tuple(_random_input(x, generator) for x in inputs)
+    worst = 0.0
+    for _ in range(_DRAWS):
+        w = _random_weights(leaves, dict(double.state_dict()), generator)
+        before = _run(double, leaves, w, inputs)
+        if not bool(before.isfinite().all()):
+            w = torch.cat([double.state_dict()[leaf.name].reshape(-1) for leaf in leaves])
+            before = _run(double, leaves, w, inputs)
+        g = symmetry.random(generator=generator, like=w)
+        change = _change(before, _run(double, leaves, symmetry.act(g, w), inputs))
+        if not change <= tolerance(torch.float64).symmetry:
+            raise SymmetryError(_blame(double, leaves, symmetry, g, w, before, inputs))
+        worst = max(worst, change)
+    return worst
+
+
+def _blame(
+    module: nn.Module,
+    leaves: tuple[Leaf, ...],
+    symmetry: Symmetry,
+    g: dict[str, Any],
+    w: Tensor,
+    before: Tensor,
+    inputs: tuple[Any, ...],
+) -> str:
+    changes = {
+        axis.name: _change(
+            before, _run(module, leaves, symmetry.act({axis.name: g[axis.name]}, w), inputs)
+        )
+        for axis in symmetry.axes
+    }
+    name = max(changes, key=lambda key: changes[key])
+    axis = symmetry[name]
+    return (
+        f"{axis.group} on axis {name} ({axis.reason}) is not a symmetry: it changes the output by "
+        f"{changes[name]:.2g} of its size. If a rule was registered for this network, its claim is "
+        "wrong; else choose a smaller group for the axis"
+    )
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    scale = before.abs().max().clamp_min(tolerance(before.dtype).eps)
+    return float((after - before).abs().max() / scale)
+
+
+def _run(
+    module: nn.Module, leaves: tuple[Leaf, ...], w: Tensor, inputs: tuple[Any, ...]
+) -> Tensor:
+    state = {leaf.name: w[leaf.span].reshape(leaf.shape) for leaf in leaves}
+    with torch.no_grad():
+        return functional_call(module, state, inputs)
+
+
+def _random_input(x: Any, generator: torch.Generator) -> Any:
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    return x
+
+
+def _random_weights(
+    leaves: tuple[Leaf, ...], own: dict[str, Tensor], generator: torch.Generator
+) -> Tensor:
+    """Weights at which non-linearities are at work and no two units are alike."""
+    pieces: list[Tensor] = []
+    for leaf in leaves:
+        noise = torch.randn(leaf.size, generator=generator, dtype=torch.float64)
+        value = own[leaf.name].reshape(-1)
+        if leaf.learnable:
+            fan_in = max(1, leaf.size // leaf.shape[0]) if len(leaf.shape) > 1 else 1
+            pieces.append(noise * 1.5 / fan_in**0.5)
+        elif bool((value > 0).all()):  # variances must stay positive
+            pieces.append(value * (noise / 2).exp())
+        else:
+            pieces.append(value + noise / 2)
+    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)

@@ -1,0 +1,119 @@
+"""Reading and writing files: safetensors and JSON, atomically; nothing is ever unpickled.
+
+A file is written beside its destination, flushed to disk, and moved over it in one step: whoever
+reads sees the old file or the new one, never a half.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as _decode
+from safetensors.torch import save as _encode
+from torch import Tensor
+
+from symflow.errors import FileFormatError
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace the contents of a file in one step.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+    >>> write_atomic(target, b"hello"); target.read_bytes()
+    b'hello'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a result should be as readable as any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any] | None = None,
+) -> None:
+    """Write tensors as safetensors; ``meta`` is stored as JSON in the header's metadata.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "w.safetensors"
+    >>> save_tensors(target, {"w": torch.ones(2)}, {"seed": 3})
+    >>> load_tensors(target)
+    ({'w': tensor([1., 1.])}, {'seed': 3})
+    """
+    packed = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    header = None if meta is None else {"symflow": json.dumps(meta, sort_keys=True)}
+    write_atomic(path, _encode(packed, metadata=header))
+
+
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a safetensors file and the metadata that :func:`save_tensors` put into it.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    FileFormatError
+        If the file is truncated or no safetensors file.
+    """
+    data = Path(path).read_bytes()
+    try:
+        tensors = _decode(data)
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size]).get("__metadata__") or {}
+        meta = json.loads(header.get("symflow", "{}"))
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise FileFormatError(
+            f"{path} is no complete safetensors file ({error}); copy or write it again"
+        ) from error
+    return {key: torch.as_tensor(value) for key, value in tensors.items()}, meta
+
+
+def save_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON, readable and with a final newline."""
+    write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def load_json(path: str | os.PathLike[str]) -> Any:
+    """Read JSON.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    FileFormatError
+        If the file is truncated or no JSON.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.json"
+    >>> save_json(target, {"a": 1}); load_json(target)
+    {'a': 1}
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path} is no complete JSON file ({error})") from error

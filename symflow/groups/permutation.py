@@ -1,0 +1,124 @@
+"""Groups that act by permuting the coordinates of an axis."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from symflow.groups.base import CompactGroup, along
+
+Index = Int[Tensor, "*batch n"]
+
+
+class PermutingGroup(CompactGroup[Tensor]):
+    """A subgroup of the permutations of ``size`` coordinates: (g x)_i = x_{indices(g)_i}."""
+
+    @abstractmethod
+    def indices(self, g: Tensor) -> Index:
+        """Return, for each coordinate i of the result, the coordinate it is taken from."""
+
+    def act(self, g: Tensor, x: Tensor, *, dim: int = -1, degree: int = 1) -> Tensor:
+        """Permute ``x`` along ``dim``; every degree acts alike, as A^-T = A.
+
+        Examples
+        --------
+        >>> from symflow import Permutation
+        >>> Permutation(3).act(torch.tensor([2, 0, 1]), torch.tensor([10.0, 20.0, 30.0]))
+        tensor([30., 10., 20.])
+        """
+        index = self.indices(g)
+        if index.ndim == 1:
+            along(index, x, dim)
+            return x.index_select(dim, index)
+        return torch.take_along_dim(x, along(index, x, dim), dim)
+
+
+@final
+@dataclass(frozen=True)
+class Permutation(PermutingGroup):
+    """The symmetric group S_n: an element is an index tensor (*batch, n).
+
+    A symmetry of every hidden axis whose non-linearity acts on each unit alone.
+
+    Examples
+    --------
+    >>> group = Permutation(3)
+    >>> g = torch.tensor([2, 0, 1])
+    >>> group.compose(g, group.inverse(g))
+    tensor([0, 1, 2])
+    """
+
+    size: int
+
+    def identity(self, *, like: Tensor) -> Index:
+        """Return 0, 1, ..., n - 1."""
+        return torch.arange(self.size, device=like.device)
+
+    def compose(self, g: Index, h: Index) -> Index:
+        """Return x -> g (h x): the index h[g]."""
+        shape = torch.broadcast_shapes(g.shape, h.shape)
+        return torch.take_along_dim(h.expand(shape), g.expand(shape), -1)
+
+    def inverse(self, g: Index) -> Index:
+        """Return the inverse permutation, in O(n)."""
+        return invert(g)
+
+    def random(
+        self, *, generator: torch.Generator, like: Tensor, batch: tuple[int, ...] = ()
+    ) -> Index:
+        """Draw uniformly (Haar)."""
+        keys = torch.rand(*batch, self.size, generator=generator, device=generator.device)
+        return keys.argsort(-1).to(like.device)
+
+    def indices(self, g: Index) -> Index:
+        """Return the element itself."""
+        return g
+
+    def nearest(self, c: Float[Tensor, "*batch n n"]) -> Index:
+        """Solve the assignment problem exactly (Hungarian method), O(n^3) for each matrix.
+
+        Examples
+        --------
+        >>> Permutation(2).nearest(torch.tensor([[0.0, 5.0], [1.0, 0.0]]))
+        tensor([1, 0])
+        """
+        return assignment(c)
+
+    def support(self, c: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch"]:
+        """Return the value of the best assignment without forming a permutation matrix."""
+        return c.gather(-1, assignment(c)[..., None]).squeeze(-1).sum(-1)
+
+
+def invert(g: Index) -> Index:
+    """Invert index permutations (*batch, n).
+
+    Examples
+    --------
+    >>> invert(torch.tensor([2, 0, 1]))
+    tensor([1, 2, 0])
+    """
+    positions = torch.arange(g.shape[-1], device=g.device).expand(g.shape)
+    return torch.empty_like(g).scatter_(-1, g, positions)
+
+
+def assignment(c: Float[Tensor, "*batch n m"]) -> Int[Tensor, "*batch n"]:
+    """Choose for each row another column, with the greatest sum (``n <= m``).
+
+    SciPy's ``linear_sum_assignment`` (Crouse, 2016), one matrix after the other: it runs on the CPU
+    and holds the interpreter lock, so use processes to go faster.
+
+    Examples
+    --------
+    >>> assignment(torch.tensor([[1.0, 2.0, 9.0], [8.0, 3.0, 10.0]]))
+    tensor([2, 0])
+    """
+    from scipy.optimize import linear_sum_assignment  # deferred: keeps `import symflow` light
+
+    matrices = c.detach().to("cpu", torch.float64).reshape(-1, *c.shape[-2:]).numpy()
+    columns = [linear_sum_assignment(m, maximize=True)[1] for m in matrices]
+    stacked = np.stack(columns) if columns else np.zeros((0, c.shape[-2]), dtype=np.int64)
+    return torch.from_numpy(stacked.astype(np.int64)).reshape(c.shape[:-1]).to(c.device)

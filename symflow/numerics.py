@@ -1,0 +1,137 @@
+"""The table of tolerances, and the few numerically delicate functions everything else uses.
+
+This is the only place in symflow with small literal constants: a tolerance is looked up here by
+dtype, never typed where it is used.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from symflow.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What "equal" means in one floating point format.
+
+    Attributes
+    ----------
+    eps
+        Unit roundoff of the format (spacing of the numbers around one).
+    close
+        Relative error allowed between two routes to the same number.
+    symmetry
+        Relative change of a network's output that a true symmetry may cause by rounding.
+    angle
+        Angle (radians) below which ``sin(x) / x`` is replaced by its series.
+    antipodal
+        Distance of an angle from pi below which two directions count as antipodal.
+    converged
+        Relative change at which an iteration stops.
+    gain
+        Relative rise of an objective that counts as progress and not as rounding.
+
+    Examples
+    --------
+    >>> tolerance(torch.float64).close < tolerance(torch.float32).close
+    True
+    """
+
+    eps: float
+    close: float
+    symmetry: float
+    angle: float
+    antipodal: float
+    converged: float
+    gain: float
+
+
+_TABLE = {
+    torch.float64: Tolerance(2.3e-16, 1e-9, 1e-8, 1e-8, 1e-7, 1e-13, 1e-12),
+    torch.float32: Tolerance(1.2e-7, 1e-4, 1e-3, 1e-6, 1e-3, 1e-6, 1e-6),
+    torch.bfloat16: Tolerance(7.9e-3, 3e-2, 1e-1, 1e-2, 1e-1, 1e-2, 1e-2),
+    torch.float16: Tolerance(9.8e-4, 5e-3, 2e-2, 1e-3, 3e-2, 1e-3, 1e-3),
+}
+
+# A variance is taken away from zero by this before its root divides (as in BatchNorm and Adam).
+VARIANCE_FLOOR = 1e-8
+
+
+def tolerance(dtype: torch.dtype) -> Tolerance:
+    """Look up the tolerances of a floating point format.
+
+    Parameters
+    ----------
+    dtype
+        ``torch.float64``, ``float32``, ``bfloat16`` or ``float16``.
+
+    Raises
+    ------
+    ShapeError
+        If ``dtype`` is not one of these.
+
+    Examples
+    --------
+    >>> tolerance(torch.float32).angle
+    1e-06
+    """
+    if dtype not in _TABLE:
+        raise ShapeError(
+            f"weights must be floating point ({', '.join(map(str, _TABLE))}); got {dtype}"
+        )
+    return _TABLE[dtype]
+
+
+def norm(x: Float[Tensor, "*shape n"], *, keepdim: bool = False) -> Tensor:
+    """Euclidean norm of the last dimension; its gradient at zero is zero, not NaN.
+
+    Examples
+    --------
+    >>> norm(torch.tensor([3.0, 4.0]))
+    tensor(5.)
+    """
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim)
+
+
+def unit(x: Float[Tensor, "*shape n"]) -> Float[Tensor, "*shape n"]:
+    """Divide by the norm of the last dimension; a zero row stays zero.
+
+    Examples
+    --------
+    >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    length = norm(x, keepdim=True)
+    return x / torch.where(length > 0, length, torch.ones_like(length))
+
+
+def angle(u: Float[Tensor, "*shape n"], v: Float[Tensor, "*shape n"]) -> Float[Tensor, "*shape"]:
+    r"""Angle between unit vectors, :math:`2\,\mathrm{atan2}(|u - v|, |u + v|)`.
+
+    Accurate at every angle (Kahan, 2006): ``acos(<u, v>)`` loses half of the digits near 0 and pi,
+    and ``angle(u, u)`` is exactly 0 here. Zero vectors are at angle zero from each other.
+
+    Examples
+    --------
+    >>> u = torch.tensor([1.0, 0.0])
+    >>> angle(u, u), angle(u, -u)
+    (tensor(0.), tensor(3.1416))
+    """
+    return 2 * torch.atan2(norm(u - v), norm(u + v))
+
+
+def sinc(x: Tensor) -> Tensor:
+    """Compute ``sin(x) / x``, and one at zero, with finite gradients everywhere.
+
+    Examples
+    --------
+    >>> sinc(torch.tensor(0.0))
+    tensor(1.)
+    """
+    small = x.abs() < tolerance(x.dtype).angle
+    safe = torch.where(small, torch.ones_like(x), x)
+    return torch.where(small, 1 - x * x / 6, torch.sin(safe) / safe)

@@ -1,0 +1,52 @@
+"""The Frechet mean of networks: alternate alignment and averaging."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from symflow.manifolds import WeightManifold
+from symflow.numerics import tolerance
+
+_ROUNDS = 100
+
+
+def frechet_mean(
+    manifold: WeightManifold,
+    align: Callable[[Tensor, Tensor], Tensor],
+    points: Float[Tensor, "N D"],
+) -> Float[Tensor, " D"]:
+    """Minimise the sum of squared quotient distances to ``points``.
+
+    Generalised Procrustes analysis (Gower, 1975): align all points to the current mean, average
+    them in the tangent space there, go to the nearest point of the section; the sum of squares
+    falls in each round. A local minimum; starts at the first point.
+
+    Parameters
+    ----------
+    manifold
+        The section space.
+    align
+        ``align(mean, points)`` moves each point next to the mean.
+    points
+        Points of the section.
+
+    Examples
+    --------
+    >>> from symflow.manifolds import Flat
+    >>> frechet_mean(Flat(2), lambda m, x: x, torch.tensor([[0.0, 2.0], [2.0, 4.0]]))
+    tensor([1., 3.])
+    """
+    mean = points[0]
+    one = torch.ones((), dtype=points.dtype, device=points.device)
+    best = torch.full_like(one, torch.inf)
+    for _ in range(_ROUNDS):
+        moved = align(mean, points)
+        spread = manifold.dist2(mean, moved).mean()
+        if not bool(best - spread > tolerance(points.dtype).close * spread):
+            break
+        best = spread
+        step = manifold.logmap(mean, moved).mean(0)
+        mean = manifold.projx(manifold.geodesic(mean, step, one))
+    return mean

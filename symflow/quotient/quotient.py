@@ -1,0 +1,227 @@
+"""Weight space divided by the symmetries of the network."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from symflow.align import Aligner, Alignment, WeightMatching, objective, objective_bound
+from symflow.align.arcs import polish_arcs
+from symflow.arch import Architecture, Symmetry, Weights
+from symflow.errors import LeafError, ShapeError
+from symflow.groups import Group
+from symflow.manifolds import SphereProduct, WeightManifold
+from symflow.quotient.geodesic import Geodesic
+from symflow.quotient.mean import frechet_mean
+from symflow.sections import (
+    BalancedSection,
+    FlatSection,
+    Preserves,
+    Section,
+    SphereSection,
+    scaled_axes,
+)
+
+SectionName: TypeAlias = Literal["auto", "balanced", "sphere"] | None
+
+
+@final
+class Quotient:
+    """The orbits of weights under the symmetries of an architecture, as a metric space.
+
+    A section removes the non-compact symmetries (ReLU scales); what is left is a compact group K of
+    isometries, and the distance of two orbits is the least distance over K.
+
+    Parameters
+    ----------
+    arch
+        The architecture.
+    section
+        ``"balanced"``: least norm on each scaling orbit, chordal distance. ``"sphere"``: incoming
+        weights of each unit on a sphere, arcs. None: no section, for compact symmetries only.
+        ``"auto"``: balanced where scales act, else None. Or a :class:`~symflow.sections.Section`.
+    aligner
+        Searches K; :class:`~symflow.WeightMatching` with covariant starts by default.
+    groups
+        Other groups for some axes; tried on the network before they are believed.
+    preserves
+        ``"function"``, or ``"argmax"`` (with ``section="sphere"``): also divide by one positive
+        factor of all outputs.
+
+    Notes
+    -----
+    Finding the best element of K is NP-hard in general. ``distance`` is what the aligner finds, an
+    upper bound of the true distance; ``distance_bounds`` brackets it. With the default aligner it
+    is the same number (up to rounding) wherever on their orbits the ends lie.
+
+    Weights may be flat tensors (*batch, D), state dicts, modules, or sequences of these.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> arch = symflow.mlp([3, 8, 2])
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> w = torch.randn(arch.dimension, generator=generator, dtype=torch.float64)
+    >>> moved = arch.symmetry.act(arch.symmetry.random(generator=generator, like=w), w)
+    >>> bool(symflow.Quotient(arch).distance(w, moved) < 1e-6)
+    True
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        section: "SectionName | Section" = "auto",
+        *,
+        aligner: Aligner | None = None,
+        groups: Mapping[str, Group[Any]] | None = None,
+        preserves: Preserves = "function",
+    ) -> None:
+        self.arch = arch.with_groups(groups) if groups else arch
+        self.section = _section(self.arch, section, preserves)
+        self.aligner = WeightMatching() if aligner is None else aligner
+
+    @property
+    def symmetry(self) -> Symmetry:
+        """The compact group that is left on the section."""
+        return self.section.symmetry
+
+    @property
+    def manifold(self) -> WeightManifold:
+        """The section space M as a geoopt manifold (M / K itself is not smooth)."""
+        return self.section.manifold
+
+    def project(self, w: Weights) -> Float[Tensor, "*batch D"]:
+        """Return the section's point on the orbit of ``w``: same function, canonical scales."""
+        return self.section.project(self.arch.as_weights(w))
+
+    def align(self, w0: Weights, w1: Weights, *, bounds: bool = False) -> Alignment:
+        """Bring ``w1`` as close to ``w0`` as the aligner can.
+
+        Parameters
+        ----------
+        w0, w1
+            Weights; batch dimensions broadcast, and every pair is aligned.
+        bounds
+            Also compute an upper bound of the objective.
+
+        Returns
+        -------
+        Alignment
+            ``weights`` is project(w1) moved by ``element``.
+        """
+        return self._align(*self._ends(w0, w1), bounds=bounds)
+
+    def distance(self, w0: Weights, w1: Weights) -> Float[Tensor, "*batch"]:
+        """Return the distance of two orbits, as far as the aligner finds it."""
+        x0, x1 = self._ends(w0, w1)
+        return self.manifold.dist(x0, self._align(x0, x1).weights)
+
+    def distance_bounds(
+        self, w0: Weights, w1: Weights
+    ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+        """Bracket the true distance of two orbits.
+
+        The lower bound comes from an upper bound of the inner product over all of K; on the sphere
+        section it is that of the chord, which no arc undercuts.
+        """
+        x0, x1 = self._ends(w0, w1)
+        found = self._align(x0, x1, bounds=True)
+        upper = self.manifold.dist(x0, found.weights)
+        bound = found.objective_bound
+        best = found.objective if bound is None else torch.maximum(bound, found.objective)
+        squares = objective(self.symmetry, x0, x0) + objective(self.symmetry, x1, x1)
+        lower = (squares - 2 * best).clamp_min(0).sqrt()
+        return torch.minimum(lower, upper), upper
+
+    def geodesic(self, w0: Weights, w1: Weights) -> Geodesic:
+        """Return the path from project(w0) into the orbit of w1; its length is ``distance``."""
+        x0, x1 = self._ends(w0, w1)
+        found = self._align(x0, x1)
+        start = x0.expand_as(found.weights)
+        return Geodesic(start, self.manifold.logmap(start, found.weights), found, self.section)
+
+    def log(self, w0: Weights, w1: Weights) -> Float[Tensor, "*batch D"]:
+        """Return the velocity at project(w0) with which a geodesic reaches the orbit of w1."""
+        return self.geodesic(w0, w1).direction
+
+    def exp(self, w: Weights, v: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """Return the point that the geodesic from project(w) with velocity ``v`` reaches.
+
+        Inverse of ``log`` as long as no closer element of the orbit turns up on the way.
+        """
+        x = self.project(w)
+        if v.shape[-1] != self.arch.dimension:
+            raise ShapeError(
+                f"v must end with D = {self.arch.dimension} coordinates, got {tuple(v.shape)}"
+            )
+        return self.manifold.geodesic(x, v, torch.ones((), dtype=x.dtype, device=x.device))
+
+    def mean(self, ws: Weights) -> Float[Tensor, " D"]:
+        """Return the Frechet mean of a batch (N, D): the point of least summed squared distance."""
+        points = self.project(ws)
+        if points.ndim != 2 or len(points) == 0:
+            raise ShapeError(f"ws must be a batch (N, D) of networks, got {tuple(points.shape)}")
+        return frechet_mean(self.manifold, lambda m, x: self._align(m, x).weights, points)
+
+    def _ends(self, w0: Weights, w1: Weights) -> tuple[Tensor, Tensor]:
+        a, b = self.arch.as_weights(w0, name="w0"), self.arch.as_weights(w1, name="w1")
+        if (a.dtype, a.device) != (b.dtype, b.device):
+            raise LeafError(
+                f"w0 is {a.dtype} on {a.device}, w1 is {b.dtype} on {b.device}: convert one of them"
+            )
+        return self.section.project(a), self.section.project(b)
+
+    def _align(self, x0: Tensor, x1: Tensor, *, bounds: bool = False) -> Alignment:
+        found = self.aligner(self.symmetry, x0, x1)
+        if isinstance(self.manifold, SphereProduct):
+            found = self._polish(found, x0, x1)
+        if bounds:
+            bound = objective_bound(self.symmetry, x0, x1)
+            found = replace(found, objective_bound=bound)
+        return found
+
+    def _polish(self, found: Alignment, x0: Tensor, x1: Tensor) -> Alignment:
+        batch, d = found.weights.shape[:-1], x1.shape[-1]
+        left, right = (x.detach().expand(*batch, d).reshape(-1, d) for x in (x0, x1))
+        flat = {k: _flatten(g, len(batch)) for k, g in found.element.items()}
+        better = polish_arcs(self.symmetry, self.section.manifold, left, right, flat)
+        element = {k: _unflatten(g, batch) for k, g in better.items()}
+        weights = self.symmetry.act(element, x1.expand(*batch, d))
+        value = objective(self.symmetry, x0, weights)
+        return replace(found, element=element, weights=weights, objective=value)
+
+
+def _section(
+    arch: Architecture, section: "SectionName | Section", preserves: Preserves
+) -> Section:
+    if preserves not in ("function", "argmax"):
+        raise ShapeError(f"preserves must be 'function' or 'argmax', got {preserves!r}")
+    if preserves == "argmax" and section not in ("sphere", "auto"):
+        raise ShapeError(
+            "preserves='argmax' puts the last layer on a sphere: it needs section='sphere', got "
+            f"{section!r}"
+        )
+    if isinstance(section, Section):
+        return section
+    if section == "sphere" or preserves == "argmax":
+        return SphereSection(arch, preserves=preserves)
+    if section == "balanced" or (section == "auto" and scaled_axes(arch)):
+        return BalancedSection(arch)
+    if section is None or section == "auto":
+        return FlatSection(arch)
+    raise ShapeError(f"section must be 'auto', 'balanced', 'sphere' or None, got {section!r}")
+
+
+def _flatten(element: Any, batch_dims: int) -> Any:
+    if isinstance(element, tuple):
+        return tuple(_flatten(e, batch_dims) for e in element)
+    return element.reshape(-1, *element.shape[batch_dims:])
+
+
+def _unflatten(element: Any, batch: torch.Size) -> Any:
+    if isinstance(element, tuple):
+        return tuple(_unflatten(e, batch) for e in element)
+    return element.reshape(*batch, *element.shape[1:])

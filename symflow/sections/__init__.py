@@ -1,0 +1,16 @@
+"""Sections: how one point is chosen on each orbit of the non-compact symmetries."""
+
+from symflow.sections.balanced import BalancedSection
+from symflow.sections.base import Section, scaled_axes, unit_coordinates
+from symflow.sections.flat import FlatSection
+from symflow.sections.sphere import Preserves, SphereSection
+
+__all__ = [
+    "BalancedSection",
+    "FlatSection",
+    "Preserves",
+    "Section",
+    "SphereSection",
+    "scaled_axes",
+    "unit_coordinates",
+]

@@ -1,0 +1,203 @@
+"""The balanced section: the point of least norm on every scaling orbit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from symflow.arch import Architecture, Dim
+from symflow.errors import ConvergenceError
+from symflow.groups import NoncompactGroup, along
+from symflow.manifolds import BalancedCone
+from symflow.numerics import tolerance
+from symflow.sections.base import Section, rescale, scaled_axes, unit_coordinates
+
+_SWEEPS = 2000
+
+
+@dataclass(frozen=True)
+class _Energy:
+    """Squared weights summed over everything but the scaled axes they depend on."""
+
+    dims: tuple[tuple[str, int], ...]  # (axis, degree), one for each dimension of the values
+    values: Tensor  # (*batch, n_1, ..., n_k), float64
+
+
+@final
+class BalancedSection(Section):
+    r"""Minimise the norm over all positive scales (Kempf-Ness; Stock et al., 2019).
+
+    :math:`\min_\lambda |\lambda \cdot w|^2` is convex in :math:`\log \lambda` and has one minimiser
+    on each closed orbit; there, the incoming and the outgoing weights of every unit have equal norm
+    (for an activation of degree k: the ratio sqrt(k)). It does not change the function.
+
+    Notes
+    -----
+    Coordinate descent over axes with the closed form of each group's ``balance``, on energies that
+    are summed once: a sweep costs the number of weights between scaled axes. A unit that receives
+    or sends nothing is put to zero, the limit of its orbit, with a ``DeadNeuronWarning``.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> section = BalancedSection(symflow.mlp([1, 1, 1]))
+    >>> section.project(torch.tensor([1.0, 0.0, 16.0, 5.0]))  # in, bias, out, output bias
+    tensor([4., 0., 4., 5.])
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        self.arch = arch
+        self.symmetry = arch.symmetry.compact
+        self._axes = scaled_axes(arch)
+        self._offsets: dict[str, int] = {}
+        for name in self._axes:
+            self._offsets[name] = sum(arch.symmetry[a].size for a in self._offsets)
+        coordinates, units, degrees = self._exponents()
+        self.manifold = BalancedCone(
+            arch.dimension,
+            coordinates,
+            units,
+            degrees,
+            sum(arch.symmetry[a].size for a in self._axes),
+            self.project,
+            arch.num_parameters,
+        )
+
+    def split(
+        self, w: Float[Tensor, "*batch D"]
+    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch E"]]:
+        """Return the balanced weights and nothing."""
+        if not self._axes:
+            return w, w[..., :0]
+        energies = self._energies(w)
+        alive = self._alive(energies)
+        logs = self._balance([_masked(e, alive) for e in energies])
+        return rescale(self.arch, w, {k: v.exp() for k, v in logs.items()}, alive), w[..., :0]
+
+    def join(
+        self, x: Float[Tensor, "*batch D"], removed: Float[Tensor, "*batch E"]
+    ) -> Float[Tensor, "*batch D"]:
+        """Return the weights."""
+        return x
+
+    def _exponents(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the entries of E for the balanced cone, over learnable coordinates."""
+        parts: list[tuple[Tensor, Tensor, int]] = []
+        for name in self._axes:
+            degrees = {
+                d.degree for x in self.arch.leaves for d in x.dims if d.axis == name and d.degree
+            }
+            for degree in sorted(degrees):
+                index = unit_coordinates(self.arch, name, degree)
+                unit = torch.arange(index.shape[0])[:, None].expand_as(index)
+                parts.append((index.reshape(-1), unit.reshape(-1) + self._offsets[name], degree))
+        empty = torch.zeros(0, dtype=torch.long)
+        return (
+            torch.cat([empty, *(p[0] for p in parts)]),
+            torch.cat([empty, *(p[1] for p in parts)]),
+            torch.cat([empty, *(torch.full_like(p[0], p[2]) for p in parts)]),
+        )
+
+    def _energies(self, w: Tensor) -> list[_Energy]:
+        """Sum squares over everything but scaled axes; leaves with the same dims are added."""
+        found: dict[tuple[tuple[str, int], ...], Tensor] = {}
+        batch = w.ndim - 1
+        for leaf in self.arch.leaves:
+            key = tuple((d.axis or "", d.degree) for d in leaf.dims if self._scales(d))
+            if not key or not leaf.learnable:
+                continue
+            squares = w[..., leaf.span].to(torch.float64).square()
+            squares = squares.reshape(*w.shape[:-1], *leaf.shape)
+            for k in reversed(range(len(leaf.dims))):  # from the end: earlier dims keep their place
+                d, at = leaf.dims[k], batch + k
+                if self._scales(d):
+                    n = self.arch.symmetry[d.axis or ""].size
+                    squares = squares.unflatten(at, (d.outer, n, d.inner)).sum((at, at + 2))
+                else:
+                    squares = squares.sum(at)
+            if len(key) == 2 and key[0][0] == key[1][0] and key[0][1] == -key[1][1]:
+                # A unit's weight on itself has degree zero as a whole.
+                squares = squares - torch.diag_embed(squares.diagonal(dim1=-2, dim2=-1))
+            found[key] = found[key] + squares if key in found else squares
+        return [_Energy(k, v) for k, v in found.items()]
+
+    def _scales(self, dim: Dim) -> bool:
+        return dim.axis in self._axes and dim.degree != 0
+
+    def _alive(self, energies: list[_Energy]) -> dict[str, Tensor]:
+        """Find the units with something on both sides, once those without are put to zero."""
+        one = energies[0].values
+        batch = one.shape[: one.ndim - len(energies[0].dims)]
+        alive = {a: one.new_ones(*batch, self.arch.symmetry[a].size) for a in self._axes}
+        for _ in range(1 + sum(self.arch.symmetry[a].size for a in self._axes)):
+            before = dict(alive)
+            for axis in self._axes:
+                energy = _unit_energy(energies, axis, alive, absolute=True)
+                up = sum((e for p, e in energy.items() if p > 0), torch.zeros_like(alive[axis]))
+                down = sum((e for p, e in energy.items() if p < 0), torch.zeros_like(alive[axis]))
+                alive[axis] = alive[axis] * ((up > 0) & (down > 0))
+            if all(torch.equal(alive[a], before[a]) for a in self._axes):
+                break
+        return {a: mask > 0 for a, mask in alive.items()}
+
+    def _balance(self, energies: list[_Energy]) -> dict[str, Tensor]:
+        """Coordinate descent on the logarithms of all scales, over axes from input to output."""
+        one = energies[0].values
+        batch = one.shape[: one.ndim - len(energies[0].dims)]
+        factors = {a: one.new_ones(*batch, self.arch.symmetry[a].size) for a in self._axes}
+        loops = {a for e in energies for a, _ in e.dims if [x for x, _ in e.dims].count(a) > 1}
+        exact = len(self._axes) == 1 and not loops
+        change = float("inf")
+        for _ in range(_SWEEPS):
+            change = 0.0
+            for axis in self._axes:
+                group = self.arch.symmetry[axis].group
+                energy = _unit_energy(energies, axis, factors)
+                if not isinstance(group, NoncompactGroup) or not energy:
+                    continue
+                new = group.noncompact(group.balance(energy))
+                if axis in loops:  # both ends of a weight move: go half of the way
+                    new = (new * factors[axis]).sqrt()
+                change = max(change, float((new / factors[axis]).log().abs().max()))
+                factors[axis] = new
+            if exact or change <= tolerance(torch.float64).converged:
+                return {a: f.log() for a, f in factors.items()}
+        raise ConvergenceError(
+            f"balancing did not converge in {_SWEEPS} sweeps: the scales of the layers are too far "
+            "apart; rescale the network, or use section='sphere'",
+            change,
+        )
+
+
+def _unit_energy(
+    energies: Sequence[_Energy],
+    axis: str,
+    factors: Mapping[str, Tensor],
+    *,
+    absolute: bool = False,
+) -> dict[int, Tensor]:
+    """Energy of every unit of an axis by degree, the other axes scaled by ``factors``."""
+    total: dict[int, Tensor] = {}
+    for energy in energies:
+        for k, (name, degree) in enumerate(energy.dims):
+            if name != axis:
+                continue
+            others = [j for j in range(len(energy.dims)) if j != k]
+            values = energy.values
+            for j in others:
+                other, power = energy.dims[j]
+                factor = factors[other] ** (2 * (abs(power) if absolute else power))
+                values = values * along(factor, values, j - len(energy.dims))
+            values = values.sum([j - len(energy.dims) for j in others]) if others else values
+            total[degree] = total[degree] + values if degree in total else values
+    return total
+
+
+def _masked(energy: _Energy, alive: Mapping[str, Tensor]) -> _Energy:
+    values = energy.values
+    for k, (axis, _) in enumerate(energy.dims):
+        values = values * along(alive[axis].to(values.dtype), values, k - len(energy.dims))
+    return _Energy(energy.dims, values)

@@ -1,0 +1,109 @@
+"""What a section is: one point on each orbit of the non-compact symmetries."""
+
+import warnings
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from symflow.arch import Architecture, Symmetry, scale_coordinates
+from symflow.errors import DeadNeuronWarning
+from symflow.groups import NoncompactGroup
+
+if TYPE_CHECKING:
+    from symflow.manifolds import WeightManifold
+
+
+class Section(ABC):
+    """A map from weights to a chosen point of their non-compact orbit.
+
+    Attributes
+    ----------
+    arch
+        The architecture.
+    symmetry
+        The compact group that still acts on the section, by isometries.
+    manifold
+        The space of the chosen points, with its metric.
+    """
+
+    arch: Architecture
+    symmetry: Symmetry
+    manifold: "WeightManifold"
+
+    @abstractmethod
+    def split(
+        self, w: Float[Tensor, "*batch D"]
+    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch E"]]:
+        """Return the point of the section and the removed coordinates that change the function.
+
+        The latter are empty (E = 0) for sections that preserve the function; where a class of
+        functions is quotiented out (one positive factor of all logits) they are its logarithms.
+        """
+
+    @abstractmethod
+    def join(
+        self, x: Float[Tensor, "*batch D"], removed: Float[Tensor, "*batch E"]
+    ) -> Float[Tensor, "*batch D"]:
+        """Return weights with the function that :meth:`split` took apart."""
+
+    def project(self, w: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """Return the point of the section; idempotent, and constant on orbits."""
+        return self.split(w)[0]
+
+
+def scaled_axes(arch: Architecture) -> list[str]:
+    """Names of the axes on which a non-compact group acts, from input to output."""
+    return [a.name for a in arch.axes if isinstance(a.group, NoncompactGroup)]
+
+
+def unit_coordinates(
+    arch: Architecture, axis: str, degree: int
+) -> Int[Tensor, "n d"]:
+    """Return the learnable coordinates that each unit of an axis carries with a degree.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> unit_coordinates(symflow.mlp([2, 3, 1]), "h1", 1)  # incoming rows, then the bias
+    tensor([[0, 1, 6],
+            [2, 3, 7],
+            [4, 5, 8]])
+    """
+    size = arch.symmetry[axis].size
+    parts: list[Tensor] = []
+    for leaf in arch.leaves:
+        if not leaf.learnable:
+            continue
+        index = torch.arange(leaf.offset, leaf.offset + leaf.size).reshape(leaf.shape)
+        for k, dim in enumerate(leaf.dims):
+            if dim.axis == axis and dim.degree == degree:
+                split = index.unflatten(k, (dim.outer, size, dim.inner))
+                parts.append(split.movedim(k + 1, 0).reshape(size, -1))
+    empty = torch.zeros(size, 0, dtype=torch.long)
+    return torch.cat([empty, *parts], dim=1)
+
+
+def rescale(
+    arch: Architecture,
+    w: Float[Tensor, "*batch D"],
+    scales: dict[str, Tensor],
+    alive: dict[str, Tensor],
+) -> Float[Tensor, "*batch D"]:
+    """Scale units, and put those that are not alive to zero: the limit of their orbit.
+
+    A unit that receives nothing or sends nothing has no balanced point: its orbit runs towards
+    zero, where incoming and outgoing weights are both zero and the function is the same.
+    """
+    factors = scale_coordinates(arch.leaves, scales)
+    moved = w if factors is None else w * factors.to(w.dtype)
+    dead = sum(int((~a).sum()) for a in alive.values())
+    if not dead:
+        return moved
+    warnings.warn(DeadNeuronWarning(dead), stacklevel=4)
+    keep = scale_coordinates(
+        arch.leaves, {k: a.to(w.dtype) for k, a in alive.items()}, absolute=True
+    )
+    return moved if keep is None else moved * keep

@@ -1,0 +1,142 @@
+"""The sphere section: every unit's incoming weights on a sphere (Pittorino et al., 2022)."""
+
+import warnings
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from symflow.arch import Architecture
+from symflow.errors import LeafError, ShapeError
+from symflow.manifolds import SphereProduct
+from symflow.numerics import norm
+from symflow.sections.base import Section, rescale, scaled_axes, unit_coordinates
+
+Preserves = Literal["function", "argmax"]
+
+
+@final
+class SphereSection(Section):
+    """Divide each unit's incoming weights by their norm, multiply its outgoing ones by it.
+
+    Layer by layer from the input. The point is not of least norm, but each unit becomes a point of
+    a sphere, with great circles as shortest paths.
+
+    Parameters
+    ----------
+    arch
+        The architecture.
+    preserves
+        ``"function"``: the last layer is Euclidean. ``"argmax"``: the last linear map, weights and
+        biases together, is put on the sphere of radius sqrt(C) for C outputs; this divides all
+        outputs by one positive number, whose logarithm ``split`` returns.
+    bias
+        ``"joint"``: the norm is that of row and bias together (a zero row with a bias is harmless).
+        ``"apart"``: of the row alone, as in the source thesis; the bias is divided by it too.
+
+    Raises
+    ------
+    LeafError
+        If ``preserves="argmax"`` and the network does not end with a linear map.
+
+    Notes
+    -----
+    A unit whose incoming weights are all zero (dead) is put to zero, the limit of its orbit, and
+    counted in a ``DeadNeuronWarning``; it takes no part in spherical interpolation. Idempotent;
+    continuous away from zero rows. O(D).
+
+    Examples
+    --------
+    >>> import symflow
+    >>> section = SphereSection(symflow.mlp([1, 1, 1]))
+    >>> section.project(torch.tensor([3.0, 4.0, 2.0, 5.0]))  # in, bias, out, output bias
+    tensor([ 0.6000,  0.8000, 10.0000,  5.0000])
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        preserves: Preserves = "function",
+        bias: Literal["joint", "apart"] = "joint",
+    ) -> None:
+        if bias not in ("joint", "apart"):
+            raise ShapeError(f"bias must be 'joint' or 'apart', got {bias!r}")
+        self.arch = arch
+        self.symmetry = arch.symmetry.compact
+        self._rows = {
+            name: unit_coordinates(arch, name, 1)
+            if bias == "joint"
+            else _without_biases(arch, name)
+            for name in scaled_axes(arch)
+        }
+        self._last = _output_coordinates(arch) if preserves == "argmax" else None
+        rows, radii = list(self._rows.values()), [1.0] * len(self._rows)
+        if self._last is not None:
+            rows.append(self._last[None])
+            radii.append(self._radius)
+        self.manifold = SphereProduct(arch.dimension, rows, radii, arch.num_parameters)
+
+    @property
+    def _radius(self) -> float:
+        return self.arch.leaf(self.arch.output[0]).shape[0] ** 0.5
+
+    def split(
+        self, w: Float[Tensor, "*batch D"]
+    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch E"]]:
+        """Return the point, and the log-scale of the outputs if ``preserves="argmax"``."""
+        x = w
+        for name, rows in self._rows.items():
+            length = norm(x[..., rows.to(w.device)])
+            alive = length > 0
+            scale = 1 / torch.where(alive, length, torch.ones_like(length))
+            x = rescale(self.arch, x, {name: scale}, {name: alive})
+        if self._last is None:
+            return x, x[..., :0]
+        return self._split_output(x)
+
+    def join(
+        self, x: Float[Tensor, "*batch D"], removed: Float[Tensor, "*batch E"]
+    ) -> Float[Tensor, "*batch D"]:
+        """Multiply the last layer by the exponential of ``removed``."""
+        if self._last is None:
+            return x
+        last = self._last.to(x.device)
+        x, removed = _expand(x, removed)
+        return x.index_copy(-1, last, x[..., last] * removed.exp())
+
+    def _split_output(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        last = (self._last if self._last is not None else torch.zeros(0)).to(x.device)
+        part = x[..., last]
+        length = norm(part, keepdim=True) / self._radius
+        if bool((length == 0).any()):
+            warnings.warn("the last layer of a network is zero: it is kept", stacklevel=3)
+        length = torch.where(length > 0, length, torch.ones_like(length))
+        return x.index_copy(-1, last, part / length), length.log()
+
+
+def _expand(x: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
+    batch = torch.broadcast_shapes(x.shape[:-1], removed.shape[:-1])
+    return x.expand(*batch, x.shape[-1]), removed.expand(*batch, removed.shape[-1])
+
+
+def _without_biases(arch: Architecture, axis: str) -> Tensor:
+    """Coordinates of degree one in leaves with further dimensions: the rows of the maps."""
+    index = unit_coordinates(arch, axis, 1)
+    rows = [x for x in arch.leaves if len(x.shape) > 1]
+    inside = torch.zeros(arch.dimension, dtype=torch.bool)
+    for leaf in rows:
+        inside[leaf.span] = True
+    keep = inside[index].all(0)
+    return index[:, keep] if bool(keep.any()) else index
+
+
+def _output_coordinates(arch: Architecture) -> Tensor:
+    if not arch.output:
+        raise LeafError(
+            "preserves='argmax' scales the last layer, but this network does not end with a linear "
+            "map: use preserves='function'"
+        )
+    spans = [arch.leaf(name) for name in arch.output]
+    return torch.cat([torch.arange(x.offset, x.offset + x.size) for x in spans])
