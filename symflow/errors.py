@@ -82,6 +82,5 @@ class DeadNeuronWarning(SymflowWarning):
         self.count = count
         Warning.__init__(
             self,
-            message
-            or f"{count} dead neuron(s): the limit of their scaling orbit is zero, and zero is kept",
+            message or f"{count} dead neuron(s): zero, the limit of their scaling orbit, is kept",
         )

@@ -5,6 +5,7 @@ dtype, never typed where it is used.
 """
 
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from torch import Tensor
 from symflow.errors import ShapeError
 
 
+@final
 @dataclass(frozen=True)
 class Tolerance:
     """What "equal" means in one floating point format.

@@ -112,7 +112,7 @@ def _costs(
 
 
 def _slopes(manifold: SphereProduct, x: Tensor, y: Tensor, skip: int | None) -> Tensor:
-    """Derivative of minus the squared distance by the inner product of each coordinate."""
+    """Differentiate minus the squared distance by the inner product of each coordinate."""
     xs, rest = manifold.split(x)
     ys, _ = manifold.split(y)
     parts: list[Tensor] = []

@@ -56,9 +56,7 @@ def objective_bound(
     return total.reshape(batch).to(w0.dtype)
 
 
-def _contract(
-    symmetry: Symmetry, leaf: Leaf, x: Tensor, y: Tensor
-) -> tuple[str, int, Tensor]:
+def _contract(symmetry: Symmetry, leaf: Leaf, x: Tensor, y: Tensor) -> tuple[str, int, Tensor]:
     k = next(k for k, d in enumerate(leaf.dims) if d.axis is not None)
     dim = leaf.dims[k]
     n = symmetry[dim.axis or ""].size
@@ -77,16 +75,14 @@ def _is_matrix_between(symmetry: Symmetry, leaf: Leaf) -> bool:
         len(leaf.dims) == 2
         and all(d.axis is not None and d.outer == d.inner == 1 for d in leaf.dims)
         and all(
-            isinstance(g.outer if isinstance(g, CompactProduct) else g, Permutation)
-            for g in groups
+            isinstance(g.outer if isinstance(g, CompactProduct) else g, Permutation) for g in groups
         )
     )
 
 
 def _has_signs(symmetry: Symmetry, leaf: Leaf) -> bool:
     return any(
-        isinstance(symmetry[d.axis or ""].group, CompactProduct) and d.degree % 2
-        for d in leaf.dims
+        isinstance(symmetry[d.axis or ""].group, CompactProduct) and d.degree % 2 for d in leaf.dims
     )
 
 

@@ -69,9 +69,7 @@ class Contraction:
         """Whether the axis occurs twice in one leaf: a step is then only a linearisation."""
         return any(axis in place.others for place in self.places[axis])
 
-    def costs(
-        self, axis: str, element: Element, rows: Tensor
-    ) -> dict[int, Float[Tensor, "N n n"]]:
+    def costs(self, axis: str, element: Element, rows: Tensor) -> dict[int, Float[Tensor, "N n n"]]:
         """Return C by degree for the networks ``rows`` of the batch."""
         if axis not in self._constant:
             fixed = [p for p in self.places[axis] if not p.others]

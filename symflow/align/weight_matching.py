@@ -115,9 +115,7 @@ class WeightMatching(Aligner):
                 after = objective(symmetry, w0, symmetry.act(trial, w1))
                 # Exact steps never lose; linearised ones (an axis twice in a leaf) and ties may.
                 rise = after - value > tolerance(w1.dtype).gain * value.abs()
-                element = {
-                    name: where(rise, trial[name], element[name]) for name in element
-                }
+                element = {name: where(rise, trial[name], element[name]) for name in element}
                 value = torch.where(rise, after, value)
                 for other in problem.neighbours(axis.name):
                     stale[other] = stale[other] | rise
@@ -132,9 +130,7 @@ class WeightMatching(Aligner):
     def _start(
         self, problem: Contraction, symmetry: Symmetry, w1: Tensor, start: Start, k: int
     ) -> Element:
-        element = {
-            a.name: _batched(a.group.identity(like=w1), len(w1)) for a in symmetry.axes
-        }
+        element = {a.name: _batched(a.group.identity(like=w1), len(w1)) for a in symmetry.axes}
         if start == "identity":
             return element
         weights = self._factors(problem, k) if start == "random" else None

@@ -178,9 +178,7 @@ class Architecture:
                     f"{group.size}"
                 )
         axes = tuple(
-            replace(a, group=groups[a.name], reason="chosen by the user")
-            if a.name in groups
-            else a
+            replace(a, group=groups[a.name], reason="chosen by the user") if a.name in groups else a
             for a in self.axes
         )
         symmetry = replace(self.symmetry, axes=axes)
@@ -275,7 +273,7 @@ class Architecture:
         found = self.unflatten(w)
         found |= {alias: found[name] for alias, name in self.aliases}
         own = self.module.state_dict()
-        return {key: found.get(key, value) for key, value in own.items()}
+        return {key: found[key] if key in found else value for key, value in own.items()}
 
     def load_into(self, module: _M, w: Float[Tensor, " D"]) -> _M:
         """Copy weights into a module of this architecture and return it."""
@@ -353,8 +351,8 @@ class Architecture:
             bad = int((~part.isfinite()).sum())
             if bad:
                 raise LeafError(
-                    f"{name}: leaf {leaf.name!r} holds {bad} NaN or infinite value(s): this network "
-                    "has diverged; leave it out"
+                    f"{name}: leaf {leaf.name!r} holds {bad} NaN or infinite value(s): this "
+                    "network has diverged; leave it out"
                 )
 
 
@@ -371,9 +369,7 @@ def _canonical_names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str
     return names, tuple((k, v) for k, v in names.items() if k != v)
 
 
-def _leaves(
-    module: nn.Module, dims: dict[str, Any], aliases: dict[str, str]
-) -> tuple[Leaf, ...]:
+def _leaves(module: nn.Module, dims: dict[str, Any], aliases: dict[str, str]) -> tuple[Leaf, ...]:
     state = module.state_dict()
     parameters = dict(module.named_parameters())
     ordered = [k for k in state if k in parameters] + [k for k in state if k not in parameters]

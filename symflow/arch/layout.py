@@ -1,4 +1,4 @@
-"""What a point of weight space is made of: leaves, their dimensions, and the axes these run over."""
+"""What a point of weight space is made of: leaves, their dimensions, the axes these run over."""
 
 import math
 from dataclasses import dataclass, replace

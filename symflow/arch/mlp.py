@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def mlp(
     if activation not in ACTIVATIONS:
         raise ShapeError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
     layers: list[nn.Module] = []
-    for k, (n_in, n_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for k, (n_in, n_out) in enumerate(pairwise(sizes)):
         layers.append(nn.Linear(n_in, n_out, bias=bias))
         if k < len(sizes) - 2:
             layers += [nn.BatchNorm1d(n_out)] if batch_norm else []

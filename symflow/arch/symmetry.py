@@ -69,9 +69,7 @@ class Symmetry:
         """Return the element that undoes ``g``."""
         return {a.name: a.group.inverse(g[a.name]) for a in self.axes}
 
-    def act(
-        self, g: Mapping[str, Any], w: Float[Tensor, "*batch D"]
-    ) -> Float[Tensor, "*out D"]:
+    def act(self, g: Mapping[str, Any], w: Float[Tensor, "*batch D"]) -> Float[Tensor, "*out D"]:
         """Move weights along their orbit.
 
         Parameters
@@ -164,7 +162,7 @@ class Symmetry:
         return torch.cat(pieces, dim=-1)
 
     def _batch(self, g: Mapping[str, Any], w: Tensor) -> torch.Size:
-        """Common batch shape of an element and weights; an element's comes from one matrix row."""
+        """Return the common batch shape of an element and weights."""
         shapes = [w.shape[:-1]]
         for axis in self.axes:
             if axis.name in g:

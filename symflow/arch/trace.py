@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from symflow.arch.layout import FIXED, Axis, Dim
 from symflow.arch.rules import Activation, Value, find_rule, require_rule
@@ -304,8 +305,8 @@ class _Interpreter(fx.Interpreter):
             target = type(module)
         rule = require_rule(target, path)
         call = Call(self.tracing, target, path, module, shape)
-        args = fx.node.map_aggregate(n.args, self._label)
-        options = fx.node.map_aggregate(n.kwargs, self._label)
+        args = map_aggregate(n.args, self._label)
+        options = map_aggregate(n.kwargs, self._label)
         if isinstance(rule, Activation):
             value = call.elementwise(_first_value(args, options, path), rule)
         else:

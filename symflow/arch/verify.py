@@ -93,9 +93,7 @@ def _change(before: Tensor, after: Tensor) -> float:
     return float((after - before).abs().max() / scale)
 
 
-def _run(
-    module: nn.Module, leaves: tuple[Leaf, ...], w: Tensor, inputs: tuple[Any, ...]
-) -> Tensor:
+def _run(module: nn.Module, leaves: tuple[Leaf, ...], w: Tensor, inputs: tuple[Any, ...]) -> Tensor:
     state = {leaf.name: w[leaf.span].reshape(leaf.shape) for leaf in leaves}
     with torch.no_grad():
         return functional_call(module, state, inputs)

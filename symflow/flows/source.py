@@ -79,9 +79,7 @@ class Gaussian(Source):
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Draw standard normal numbers."""
-        return torch.randn(
-            shape, generator=generator, dtype=torch.float64, device=generator.device
-        )
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device)
 
 
 @final

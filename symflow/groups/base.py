@@ -75,9 +75,7 @@ class Group(ABC, Generic[E]):
         """Return the element that undoes ``g``."""
 
     @abstractmethod
-    def random(
-        self, *, generator: torch.Generator, like: Tensor, batch: tuple[int, ...] = ()
-    ) -> E:
+    def random(self, *, generator: torch.Generator, like: Tensor, batch: tuple[int, ...] = ()) -> E:
         """Draw elements: from the Haar measure if compact, else from around the identity."""
 
     @abstractmethod
@@ -99,7 +97,7 @@ class Group(ABC, Generic[E]):
         return self.act(g, eye.expand(*batch, self.size, self.size), dim=-2)
 
     def __matmul__(self, inner: "Group[Any]") -> "Group[Any]":
-        """``A @ B``: all products a b (semidirect where A permutes the coordinates of B)."""
+        """Return ``A @ B``, all products a b (semidirect where A permutes B's coordinates)."""
         from symflow.groups.product import product
 
         return product(self, inner)
@@ -139,7 +137,7 @@ class CompactGroup(Group[E]):
 
 
 class NoncompactGroup(Group[E]):
-    """A group with unbounded orbits: a section picks one point of each before anything is measured."""
+    """A group with unbounded orbits: a section picks one point of each before any measuring."""
 
     @property
     @abstractmethod

@@ -65,9 +65,7 @@ class Sign(DiagonalGroup, CompactGroup[Tensor]):
         self, *, generator: torch.Generator, like: Tensor, batch: tuple[int, ...] = ()
     ) -> Scales:
         """Draw fair signs (Haar)."""
-        bits = torch.randint(
-            2, (*batch, self.size), generator=generator, device=generator.device
-        )
+        bits = torch.randint(2, (*batch, self.size), generator=generator, device=generator.device)
         return (2 * bits - 1).to(like)
 
     def nearest(self, c: Float[Tensor, "*batch n n"]) -> Scales:

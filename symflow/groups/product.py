@@ -5,6 +5,7 @@ An element of ``A @ B`` is a pair (a, b) standing for the matrix a b. The pairs 
 (a semidirect product: the monomial groups) and where all factors are diagonal (they commute).
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -131,43 +132,50 @@ def _check_normalises(outer: Group[Any], inner: Group[Any]) -> None:
 
 
 class _Product(Group[Pair]):
-    """What both products share; ``outer`` and ``inner`` are fields of the final classes."""
+    """What both products share; the final classes hold the factors as fields."""
 
-    outer: Group[Any]
-    inner: Group[Any]
+    @property
+    @abstractmethod
+    def factors(self) -> tuple[Group[Any], Group[Any]]:
+        """The outer and the inner factor."""
 
     def identity(self, *, like: Tensor) -> Pair:
         """Return the pair of identities."""
-        return self.outer.identity(like=like), self.inner.identity(like=like)
+        outer, inner = self.factors
+        return outer.identity(like=like), inner.identity(like=like)
 
     def compose(self, g: Pair, h: Pair) -> Pair:
-        """(a b)(c d) = (a c)(c^-1 b c d)."""
-        moved = conjugate(self.outer, h[0], self.inner, g[1])
-        return self.outer.compose(g[0], h[0]), self.inner.compose(moved, h[1])
+        """Multiply: (a b)(c d) = (a c)(c^-1 b c d)."""
+        outer, inner = self.factors
+        moved = conjugate(outer, h[0], inner, g[1])
+        return outer.compose(g[0], h[0]), inner.compose(moved, h[1])
 
     def inverse(self, g: Pair) -> Pair:
-        """(a b)^-1 = a^-1 (a b^-1 a^-1)."""
-        back = self.outer.inverse(g[0])
-        return back, conjugate(self.outer, back, self.inner, self.inner.inverse(g[1]))
+        """Invert: (a b)^-1 = a^-1 (a b^-1 a^-1)."""
+        outer, inner = self.factors
+        back = outer.inverse(g[0])
+        return back, conjugate(outer, back, inner, inner.inverse(g[1]))
 
     def random(
         self, *, generator: torch.Generator, like: Tensor, batch: tuple[int, ...] = ()
     ) -> Pair:
         """Draw both factors independently."""
+        outer, inner = self.factors
         return (
-            self.outer.random(generator=generator, like=like, batch=batch),
-            self.inner.random(generator=generator, like=like, batch=batch),
+            outer.random(generator=generator, like=like, batch=batch),
+            inner.random(generator=generator, like=like, batch=batch),
         )
 
     def act(self, g: Pair, x: Tensor, *, dim: int = -1, degree: int = 1) -> Tensor:
         """Act with the inner factor, then with the outer one."""
-        return self.outer.act(
-            g[0], self.inner.act(g[1], x, dim=dim, degree=degree), dim=dim, degree=degree
-        )
+        outer, inner = self.factors
+        moved = inner.act(g[1], x, dim=dim, degree=degree)
+        return outer.act(g[0], moved, dim=dim, degree=degree)
 
     def __repr__(self) -> str:
-        right = f"({self.inner})" if isinstance(self.inner, _Product) else f"{self.inner}"
-        return f"{self.outer} @ {right}"
+        outer, inner = self.factors
+        right = f"({inner})" if isinstance(inner, _Product) else f"{inner}"
+        return f"{outer} @ {right}"
 
 
 @final
@@ -186,6 +194,11 @@ class CompactProduct(_Product, CompactGroup[Pair]):
     size: int
     outer: CompactGroup[Any]
     inner: DiagonalGroup
+
+    @property
+    def factors(self) -> tuple[Group[Any], Group[Any]]:
+        """The outer and the inner factor."""
+        return self.outer, self.inner
 
     def nearest(self, c: Float[Tensor, "*batch n n"]) -> Pair:
         """Solve for the outer factor on the inner one's supports, then the inner one in place."""
@@ -229,6 +242,11 @@ class NoncompactProduct(_Product, NoncompactGroup[Pair]):
     size: int
     outer: Group[Any]
     inner: Group[Any]
+
+    @property
+    def factors(self) -> tuple[Group[Any], Group[Any]]:
+        """The outer and the inner factor."""
+        return self.outer, self.inner
 
     @property
     def residual(self) -> CompactGroup[Any]:

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symflow.groups.diagonal import DiagonalGroup
 from symflow.groups.base import CompactGroup
+from symflow.groups.diagonal import DiagonalGroup
 
 
 @final

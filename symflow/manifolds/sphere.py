@@ -151,9 +151,7 @@ class SphereProduct(WeightManifold):
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Walk along great circles; the rest moves straight."""
         (xs, a), (us, b) = self._split_like(x, u)
-        rows = [
-            r * sphere_exp(p / r, v / r) for p, v, r in zip(xs, us, self.radii, strict=True)
-        ]
+        rows = [r * sphere_exp(p / r, v / r) for p, v, r in zip(xs, us, self.radii, strict=True)]
         return self.join(rows, a + b)
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
@@ -163,9 +161,7 @@ class SphereProduct(WeightManifold):
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the tangent vector at ``x`` whose exponential is ``y``."""
         (xs, a), (ys, b) = self._split_like(x, y)
-        rows = [
-            r * sphere_log(p / r, q / r) for p, q, r in zip(xs, ys, self.radii, strict=True)
-        ]
+        rows = [r * sphere_log(p / r, q / r) for p, q, r in zip(xs, ys, self.radii, strict=True)]
         return self.join(rows, b - a)
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:

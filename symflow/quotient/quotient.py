@@ -112,12 +112,12 @@ class Quotient:
         Alignment
             ``weights`` is project(w1) moved by ``element``.
         """
-        return self._align(*self._ends(w0, w1), bounds=bounds)
+        return self.align_points(*self._ends(w0, w1), bounds=bounds)
 
     def distance(self, w0: Weights, w1: Weights) -> Float[Tensor, "*batch"]:
         """Return the distance of two orbits, as far as the aligner finds it."""
         x0, x1 = self._ends(w0, w1)
-        return self.manifold.dist(x0, self._align(x0, x1).weights)
+        return self.manifold.dist(x0, self.align_points(x0, x1).weights)
 
     def distance_bounds(
         self, w0: Weights, w1: Weights
@@ -128,7 +128,7 @@ class Quotient:
         section it is that of the chord, which no arc undercuts.
         """
         x0, x1 = self._ends(w0, w1)
-        found = self._align(x0, x1, bounds=True)
+        found = self.align_points(x0, x1, bounds=True)
         upper = self.manifold.dist(x0, found.weights)
         bound = found.objective_bound
         best = found.objective if bound is None else torch.maximum(bound, found.objective)
@@ -139,7 +139,7 @@ class Quotient:
     def geodesic(self, w0: Weights, w1: Weights) -> Geodesic:
         """Return the path from project(w0) into the orbit of w1; its length is ``distance``."""
         x0, x1 = self._ends(w0, w1)
-        found = self._align(x0, x1)
+        found = self.align_points(x0, x1)
         start = x0.expand_as(found.weights)
         return Geodesic(start, self.manifold.logmap(start, found.weights), found, self.section)
 
@@ -164,7 +164,7 @@ class Quotient:
         points = self.project(ws)
         if points.ndim != 2 or len(points) == 0:
             raise ShapeError(f"ws must be a batch (N, D) of networks, got {tuple(points.shape)}")
-        return frechet_mean(self.manifold, lambda m, x: self._align(m, x).weights, points)
+        return frechet_mean(self.manifold, lambda m, x: self.align_points(m, x).weights, points)
 
     def _ends(self, w0: Weights, w1: Weights) -> tuple[Tensor, Tensor]:
         a, b = self.arch.as_weights(w0, name="w0"), self.arch.as_weights(w1, name="w1")
@@ -174,29 +174,32 @@ class Quotient:
             )
         return self.section.project(a), self.section.project(b)
 
-    def _align(self, x0: Tensor, x1: Tensor, *, bounds: bool = False) -> Alignment:
+    def align_points(
+        self, x0: Float[Tensor, "*batch D"], x1: Float[Tensor, "*batch D"], *, bounds: bool = False
+    ) -> Alignment:
+        """Align points that are on the section already, as flows do at every step; no checks."""
         found = self.aligner(self.symmetry, x0, x1)
         if isinstance(self.manifold, SphereProduct):
-            found = self._polish(found, x0, x1)
+            found = self._polish(self.manifold, found, x0, x1)
         if bounds:
             bound = objective_bound(self.symmetry, x0, x1)
             found = replace(found, objective_bound=bound)
         return found
 
-    def _polish(self, found: Alignment, x0: Tensor, x1: Tensor) -> Alignment:
+    def _polish(
+        self, manifold: SphereProduct, found: Alignment, x0: Tensor, x1: Tensor
+    ) -> Alignment:
         batch, d = found.weights.shape[:-1], x1.shape[-1]
         left, right = (x.detach().expand(*batch, d).reshape(-1, d) for x in (x0, x1))
         flat = {k: _flatten(g, len(batch)) for k, g in found.element.items()}
-        better = polish_arcs(self.symmetry, self.section.manifold, left, right, flat)
+        better = polish_arcs(self.symmetry, manifold, left, right, flat)
         element = {k: _unflatten(g, batch) for k, g in better.items()}
         weights = self.symmetry.act(element, x1.expand(*batch, d))
         value = objective(self.symmetry, x0, weights)
         return replace(found, element=element, weights=weights, objective=value)
 
 
-def _section(
-    arch: Architecture, section: "SectionName | Section", preserves: Preserves
-) -> Section:
+def _section(arch: Architecture, section: "SectionName | Section", preserves: Preserves) -> Section:
     if preserves not in ("function", "argmax"):
         raise ShapeError(f"preserves must be 'function' or 'argmax', got {preserves!r}")
     if preserves == "argmax" and section not in ("sphere", "auto"):

@@ -56,7 +56,7 @@ class BalancedSection(Section):
         for name in self._axes:
             self._offsets[name] = sum(arch.symmetry[a].size for a in self._offsets)
         coordinates, units, degrees = self._exponents()
-        self.manifold = BalancedCone(
+        self.manifold = self.state_manifold = BalancedCone(
             arch.dimension,
             coordinates,
             units,

@@ -27,11 +27,14 @@ class Section(ABC):
         The compact group that still acts on the section, by isometries.
     manifold
         The space of the chosen points, with its metric.
+    state_manifold
+        The space of points with their removed coordinates appended (D + E): what a flow moves in.
     """
 
     arch: Architecture
     symmetry: Symmetry
     manifold: "WeightManifold"
+    state_manifold: "WeightManifold"
 
     @abstractmethod
     def split(
@@ -59,9 +62,7 @@ def scaled_axes(arch: Architecture) -> list[str]:
     return [a.name for a in arch.axes if isinstance(a.group, NoncompactGroup)]
 
 
-def unit_coordinates(
-    arch: Architecture, axis: str, degree: int
-) -> Int[Tensor, "n d"]:
+def unit_coordinates(arch: Architecture, axis: str, degree: int) -> Int[Tensor, "n d"]:
     """Return the learnable coordinates that each unit of an axis carries with a degree.
 
     Examples

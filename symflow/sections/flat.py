@@ -44,7 +44,7 @@ class FlatSection(Section):
             )
         self.arch = arch
         self.symmetry = arch.symmetry.compact
-        self.manifold = Flat(arch.dimension, arch.num_parameters)
+        self.manifold = self.state_manifold = Flat(arch.dimension, arch.num_parameters)
 
     def split(
         self, w: Float[Tensor, "*batch D"]

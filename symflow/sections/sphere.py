@@ -77,6 +77,10 @@ class SphereSection(Section):
             rows.append(self._last[None])
             radii.append(self._radius)
         self.manifold = SphereProduct(arch.dimension, rows, radii, arch.num_parameters)
+        removed = 0 if self._last is None else 1
+        self.state_manifold = SphereProduct(
+            arch.dimension + removed, rows, radii, arch.num_parameters
+        )
 
     @property
     def _radius(self) -> float:

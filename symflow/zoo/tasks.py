@@ -341,7 +341,7 @@ def _read_idx(folder: Path, name: str) -> Task:
             f"{found[3]}: label {int(labels[1].max())} has no training example; the labels of "
             f"{found[1]} go from 0 to {classes - 1}"
         )
-    pixels = [torch.as_tensor(x.reshape(len(x), -1)).float() / 255 for x in images]
+    pixels = [torch.as_tensor(x.reshape(len(x), -1).astype(np.float32)) / 255 for x in images]
     x_train, x_test = _standardise(*pixels, by_feature=False)
     y_train, y_test = (torch.as_tensor(y.astype(np.int64)) for y in labels)
     return Task(name, x_train, y_train, x_test, y_test, classes)

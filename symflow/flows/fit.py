@@ -1,0 +1,315 @@
+"""The training loop of a flow: resumable, and the same with or without an interruption."""
+
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from symflow.errors import FileFormatError, ShapeError, StateError, SymflowWarning
+from symflow.files import load_tensors, save_tensors
+from symflow.flows.path import interpolate, velocity_to
+
+if TYPE_CHECKING:
+    from symflow.flows.flow import Flow
+
+_UNIT_PAIRS = 256
+_VALIDATION_DRAWS = 256
+
+
+@final
+@dataclass(frozen=True)
+class FitSettings:
+    """How a flow is trained.
+
+    Attributes
+    ----------
+    steps, batch_size
+        Number of optimiser steps, and pairs in each.
+    optimizer, lr, weight_decay, schedule, warmup, clip
+        ``"adam"`` or ``"adamw"``; peak step size; decay; ``"cosine"`` to zero or ``"constant"``
+        after a linear warm-up of so many steps; largest gradient norm.
+    ema
+        Decay of the running average of the network's weights, which samples are drawn with.
+    behaviour, behaviour_inputs
+        Weight of the behaviour loss, the mean KL divergence between the predictions of the true end
+        and of the predicted one on so many random inputs. Errors that change the function count,
+        others do not.
+    seed
+        Of everything random. Each step has its own generator, so that a resumed run draws the same.
+    checkpoint_every, log_every
+        Steps between checkpoints (with a folder) and between records in ``flow.history``.
+
+    Examples
+    --------
+    >>> FitSettings(steps=100).rate(99) < FitSettings(steps=100).rate(50)
+    True
+    """
+
+    steps: int = 10_000
+    batch_size: int = 32
+    optimizer: Literal["adam", "adamw"] = "adam"
+    lr: float = 0.001
+    weight_decay: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: int = 50
+    clip: float = 1.0
+    ema: float = 0.999
+    behaviour: float = 0.0
+    behaviour_inputs: int = 128
+    seed: int = 0
+    checkpoint_every: int = 1000
+    log_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "behaviour_inputs"):
+            if getattr(self, name) < 1:
+                raise ShapeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.optimizer not in ("adam", "adamw") or self.schedule not in ("cosine", "constant"):
+            raise ShapeError(
+                "optimizer must be 'adam' or 'adamw' and schedule 'cosine' or 'constant', got "
+                f"{self.optimizer!r} and {self.schedule!r}"
+            )
+
+    def rate(self, step: int) -> float:
+        """Return the step size of a step."""
+        rate = self.lr * min(1.0, (step + 1) / max(1, self.warmup))
+        if self.schedule == "constant":
+            return rate
+        return rate * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+
+@final
+class Trainer:
+    """One training run of a flow."""
+
+    def __init__(
+        self,
+        flow: "Flow",
+        settings: FitSettings,
+        starts: Tensor | None,
+        ends: Tensor,
+        inputs: Tensor | None,
+        validation: tuple[Tensor | None, Tensor] | None,
+    ) -> None:
+        if settings.behaviour > 0 and inputs is None:
+            raise StateError(
+                "the behaviour loss compares predictions on data: pass inputs=, as in "
+                "flow.fit(zoo, inputs=task.x_train, behaviour=10.0)"
+            )
+        self.flow = flow
+        self.settings = settings
+        self.inputs = inputs
+        self.dtype = next(flow.field.parameters()).dtype
+        self.starts, self.ends = self._states(starts, ends)
+        self.validation = None if validation is None else self._states(*validation)
+        self._check_source(starts)
+        self._set_floor(ends)
+        x0, x1 = self._pairs(self._generator(-1), self.starts, self.ends, _UNIT_PAIRS)
+        flow.field.standardise(torch.cat([x0, x1]))
+        self.unit = _leaf_rms(flow, x1 - x0)
+        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = kind(
+            flow.field.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        flow.average.load_state_dict(flow.field.state_dict())
+        flow.history = []
+        self.step = 0
+
+    def run(self, folder: Path | None, progress: bool) -> None:
+        """Train to the end, from the checkpoint in ``folder`` if there is one."""
+        from tqdm import tqdm
+
+        file = None if folder is None else folder / "flow.safetensors"
+        if file is not None and file.exists():
+            self._resume(file)
+        bar = tqdm(
+            total=self.settings.steps,
+            initial=self.step,
+            disable=not progress,
+            desc=f"flow ({self.flow.recipe.section})",
+        )
+        with bar:
+            while self.step < self.settings.steps:
+                loss = self._advance()
+                bar.update()
+                last = self.step == self.settings.steps
+                if last or self.step % self.settings.log_every == 0:
+                    record = {"step": float(self.step), "loss": loss} | self._validate()
+                    self.flow.history.append(record)
+                    bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k != "step"})
+                if file is not None and (last or self.step % self.settings.checkpoint_every == 0):
+                    self._save(file)
+
+    # ---------------------------------------------------------------- one step
+
+    def _advance(self) -> float:
+        flow = self.flow
+        generator = self._generator(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate(self.step)
+        loss = self._loss(generator, self.starts, self.ends, self.settings.batch_size, flow.field)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(flow.field.parameters(), self.settings.clip)
+        if not bool(norm.isfinite()):
+            raise StateError(
+                f"the flow diverged at step {self.step}: lower lr (now {self.settings.lr})"
+            )
+        self.optimizer.step()
+        self.step += 1
+        # Early averages would be dominated by the untrained network.
+        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            averages, values = list(flow.average.parameters()), list(flow.field.parameters())
+            for average, value in zip(averages, values, strict=True):
+                average.lerp_(value, 1 - decay)
+        return float(loss.detach())
+
+    def _loss(
+        self,
+        generator: torch.Generator,
+        starts: Tensor | None,
+        ends: Tensor,
+        size: int,
+        field: Any,
+    ) -> Tensor:
+        flow = self.flow
+        x0, x1 = self._pairs(generator, starts, ends, size)
+        t = flow.recipe.time.sample(len(x1), generator=generator).to(x1)
+        x = interpolate(flow.space, flow.recipe.path, x0, x1, t, self.unit, generator)
+        if flow.recipe.predicts == "velocity":
+            error = flow.space.proju(x, field(x, t)) - velocity_to(flow.space, x, x1, t)
+            end = flow.predict(field, x, t) if self.settings.behaviour > 0 else x1
+        else:
+            end = flow.predict(field, x, t)
+            error = end - x1
+        loss = (error / self.unit).square().mean()
+        if self.settings.behaviour > 0:
+            loss = loss + self.settings.behaviour * self._behaviour(x1, end, generator)
+        return loss
+
+    def _behaviour(self, end: Tensor, predicted: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean KL divergence between the predictions of two batches of networks."""
+        if self.inputs is None:
+            raise StateError("the behaviour loss needs inputs")
+        count = min(self.settings.behaviour_inputs, len(self.inputs))
+        rows = torch.randint(len(self.inputs), (count,), generator=generator)
+        x = self.inputs[rows].to(end)
+        with torch.no_grad():
+            truth = F.log_softmax(self.flow.arch.apply(self.flow.decode(end), x), dim=-1)
+        guess = F.log_softmax(self.flow.arch.apply(self.flow.decode(predicted), x), dim=-1)
+        return F.kl_div(guess, truth, log_target=True, reduction="none").sum(-1).mean()
+
+    def _pairs(
+        self, generator: torch.Generator, starts: Tensor | None, ends: Tensor, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Draw a batch and pair it."""
+        flow = self.flow
+        rows = torch.randint(len(ends), (size,), generator=generator)
+        x0, x1 = flow.recipe.coupling.pair(
+            lambda n: flow.draw(n, generator, self.dtype),
+            None if starts is None else starts[rows],
+            ends[rows],
+            flow.align,
+        )
+        return x0, (flow.align(x0, x1) if flow.recipe.alignment == "pair" else x1)
+
+    # ---------------------------------------------------------------- preparation
+
+    def _states(self, starts: Tensor | None, ends: Tensor) -> tuple[Tensor | None, Tensor]:
+        x1 = self.flow.encode(ends.to(self.dtype))
+        if self.flow.recipe.alignment == "reference":
+            x1 = self.flow.align(x1[0], x1)
+        return None if starts is None else self.flow.encode(starts.to(self.dtype)), x1
+
+    def _check_source(self, starts: Tensor | None) -> None:
+        """Warn if the source, where samples start, is unlike the recorded initial weights."""
+        if starts is None:
+            return
+        drawn = self.flow.recipe.source.sample(
+            self.flow.arch, 64, generator=self._generator(-2), dtype=starts.dtype
+        )
+        ratio = float(starts.std() / drawn.std().clamp_min(torch.finfo(starts.dtype).tiny))
+        if not 0.8 < ratio < 1.25:
+            warnings.warn(
+                f"the zoo's initial weights have {ratio:.2g} times the deviation of the flow's "
+                f"source {self.flow.recipe.source}: pass the source= the zoo was trained from",
+                SymflowWarning,
+                stacklevel=4,
+            )
+
+    def _set_floor(self, ends: Tensor) -> None:
+        """Remember which buffers are positive (variances): samples must keep them so."""
+        floor = torch.full((self.flow.arch.dimension,), -torch.inf)
+        for leaf in self.flow.arch.leaves:
+            values = ends[:, leaf.span]
+            if not leaf.learnable and bool((values > 0).all()):
+                floor[leaf.span] = float(values.min()) / 2
+        self.flow.floor = floor
+
+    def _generator(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.settings.seed + 1) * 1_000_003 + step)
+
+    def _validate(self) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        with torch.no_grad():
+            loss = self._loss(
+                self._generator(-3), *self.validation, _VALIDATION_DRAWS, self.flow.average
+            )
+        return {"validation": float(loss)}
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _save(self, file: Path) -> None:
+        state = self.optimizer.state_dict()["state"]
+        moments = {f"optimizer.{i}.{k}": v for i, s in state.items() for k, v in s.items()}
+        meta = {
+            **self.flow.describe(),
+            "history": self.flow.history,
+            "settings": asdict(self.settings),
+            "step": self.step,
+        }
+        save_tensors(file, self.flow.tensors() | moments, meta)
+
+    def _resume(self, file: Path) -> None:
+        tensors, meta = load_tensors(file)
+        mine = {**self.flow.describe(), "settings": asdict(self.settings)}
+        for key, value in mine.items():
+            if meta.get(key) != _plain(value):
+                raise FileFormatError(
+                    f"{file} is the checkpoint of another run: its {key} is {meta.get(key)}, "
+                    f"wanted {value}. Use another folder, or the same settings"
+                )
+        self.flow.restore(tensors, meta["history"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                state.setdefault(int(index), {})[name] = value
+        full = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
+        self.step = int(meta["step"])
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as it comes back from JSON (tuples become lists)."""
+    import json
+
+    return json.loads(json.dumps(value))
+
+
+def _leaf_rms(flow: "Flow", change: Tensor) -> Tensor:
+    """Root mean square of a change, one number for each leaf, spread over its coordinates."""
+    unit = torch.ones(change.shape[-1], dtype=change.dtype, device=change.device)
+    for leaf in flow.arch.leaves:
+        size = change[:, leaf.span].square().mean().sqrt()
+        unit[leaf.span] = size if float(size) > 0 else 1.0
+    extra = change[:, flow.arch.dimension :].square().mean(0).sqrt()
+    unit[flow.arch.dimension :] = torch.where(extra > 0, extra, torch.ones_like(extra))
+    return unit

@@ -1,0 +1,369 @@
+"""A flow over weights: train it on a zoo of networks, draw new networks from it."""
+
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path as FilePath
+from typing import Any, Protocol, Self, final, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from symflow.arch import Architecture
+from symflow.errors import FileFormatError, ShapeError, StateError
+from symflow.files import load_tensors, save_tensors
+from symflow.flows.fit import FitSettings, Trainer
+from symflow.flows.guidance import Guidance
+from symflow.flows.path import velocity_to
+from symflow.flows.recipe import Recipe
+from symflow.flows.solve import Solver, solve
+from symflow.nn import RelationalTransformer, VectorField
+from symflow.quotient import Quotient
+
+States = Float[Tensor, "*batch size"]
+
+
+@runtime_checkable
+class WeightZoo(Protocol):
+    """Trained networks with their initial weights, as ``symflow.zoo.train`` returns them."""
+
+    initial: Tensor
+    final: Tensor
+
+
+@final
+class Flow:
+    """A generative model of weights: source, path, coupling and an equivariant network.
+
+    Usually made by a preset (:func:`~symflow.flows.geometric` and its like).
+
+    Parameters
+    ----------
+    arch
+        The architecture whose weights it generates.
+    recipe
+        The parts.
+    field
+        The network; a :class:`~symflow.nn.RelationalTransformer` by default.
+    seed
+        Of the default field's initialisation.
+    **field_options
+        Options of the default field.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> arch = symflow.mlp([2, 3, 2])
+    >>> zoo = torch.randn(8, arch.dimension, generator=torch.Generator().manual_seed(0))
+    >>> flow = symflow.flows.balanced(arch, coupling=symflow.flows.Independent(), width=8, depth=1)
+    >>> flow.fit(zoo, steps=2).sample(3, steps=2).shape
+    torch.Size([3, 17])
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        recipe: Recipe,
+        field: VectorField | None = None,
+        *,
+        seed: int = 0,
+        **field_options: Any,
+    ) -> None:
+        self.arch = arch
+        self.recipe = recipe
+        self.section = recipe.build_section(arch)
+        self.quotient = Quotient(arch, self.section)
+        self.space = recipe.path.space(self.section)
+        self.extra = self.section.state_manifold.dimension - arch.dimension
+        self._options = dict(field_options, seed=seed) if field is None else None
+        if field is None:
+            field = RelationalTransformer(arch, extra=self.extra, seed=seed, **field_options)
+        if field.extra != self.extra:
+            raise ShapeError(
+                f"the field must have extra={self.extra} (removed scales of the section), got "
+                f"{field.extra}"
+            )
+        self.field = field
+        self.average = copy.deepcopy(field).requires_grad_(False)
+        self.floor = torch.full((arch.dimension,), -torch.inf)
+        self.history: list[dict[str, float]] = []
+
+    # ---------------------------------------------------------------- states
+
+    def encode(self, w: Float[Tensor, "*batch D"]) -> States:
+        """Return the state of weights: the section's point and the removed log-scales."""
+        return torch.cat(self.section.split(w), dim=-1)
+
+    def decode(self, x: States) -> Float[Tensor, "*batch D"]:
+        """Return the weights of a state; statistics that were positive in the zoo stay so."""
+        point, removed = x.split([self.arch.dimension, self.extra], dim=-1)
+        w = self.section.join(point, removed)
+        return torch.maximum(w, self.floor.to(w)) if bool(self.floor.isfinite().any()) else w
+
+    def draw(self, n: int, generator: torch.Generator, dtype: torch.dtype) -> States:
+        """Draw states from the source."""
+        source = self.recipe.source.sample(self.arch, n, generator=generator, dtype=dtype)
+        return self.encode(source)
+
+    def align(self, x0: States, x1: States) -> States:
+        """Move each state x1 next to x0 along its orbit of the compact group (broadcasts)."""
+        d = self.arch.dimension
+        moved = self.quotient.align_points(x0[..., :d], x1[..., :d]).weights
+        return torch.cat([moved, x1[..., d:].expand(*moved.shape[:-1], self.extra)], dim=-1)
+
+    def predict(self, field: VectorField, x: States, t: Float[Tensor, " B"]) -> States:
+        """Return the end that a field sees from the states ``x`` at times ``t``."""
+        out = field(x, t)
+        if self.recipe.predicts == "velocity":
+            ahead = self.space.proju(x, out) * (1 - t)[:, None]
+            return self.space.retr(x, ahead)
+        return self.section.state_manifold.projx(out) if self.recipe.project_end else out
+
+    def velocity(self, x: States, t: Float[Tensor, " B"]) -> States:
+        """Return the velocity of the flow (of the averaged network) at states and times."""
+        out = self.average(x, t)
+        if self.recipe.predicts == "velocity":
+            return self.space.proju(x, out)
+        if self.recipe.project_end:
+            out = self.section.state_manifold.projx(out)
+        return velocity_to(self.space, x, out, t)
+
+    # ---------------------------------------------------------------- training
+
+    def fit(
+        self,
+        zoo: "WeightZoo | Tensor",
+        *,
+        inputs: Float[Tensor, "n *shape"] | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+        validation: "WeightZoo | Tensor | None" = None,
+        **settings: Any,
+    ) -> Self:
+        """Train the flow by regression on the end (or velocity) of random paths.
+
+        Parameters
+        ----------
+        zoo
+            Trained networks: a zoo, or plain weights (N, D) for couplings that need no runs.
+        inputs
+            Inputs of the networks, needed for the behaviour loss only; no labels are used.
+        folder
+            Where checkpoints go. If one is there with the same settings, training goes on from it
+            with the same results as without the interruption.
+        progress
+            Show a progress bar.
+        validation
+            Held-out networks; their loss is recorded beside the training loss.
+        **settings
+            Fields of :class:`~symflow.flows.FitSettings`: steps, batch_size, lr, behaviour, ...
+
+        Returns
+        -------
+        Flow
+            Itself; ``history`` holds the losses.
+
+        Raises
+        ------
+        StateError
+            If the coupling needs initial weights that the zoo lacks.
+        FileFormatError
+            If ``folder`` holds a checkpoint of another flow or other settings.
+        """
+        starts, ends = self._pairs_of(zoo)
+        held_out = None if validation is None else self._pairs_of(validation)
+        trainer = Trainer(self, FitSettings(**settings), starts, ends, inputs, held_out)
+        trainer.run(None if folder is None else FilePath(folder), progress)
+        return self
+
+    def _pairs_of(self, zoo: "WeightZoo | Tensor") -> tuple[Tensor | None, Tensor]:
+        if isinstance(zoo, Tensor):
+            return None, self.arch.as_weights(zoo, name="zoo")
+        final = self.arch.as_weights(zoo.final, name="zoo.final")
+        if final.shape != zoo.initial.shape:
+            raise ShapeError(
+                f"zoo.initial {tuple(zoo.initial.shape)} and zoo.final {tuple(final.shape)} must "
+                "have one row for each run"
+            )
+        return self.arch.as_weights(zoo.initial, name="zoo.initial"), final
+
+    # ---------------------------------------------------------------- sampling
+
+    def sample(
+        self,
+        n: int,
+        *,
+        steps: int = 64,
+        solver: Solver = "euler",
+        noise: float = 0.0,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        start: Float[Tensor, "n D"] | None = None,
+    ) -> Float[Tensor, "n D"]:
+        """Draw networks.
+
+        Parameters
+        ----------
+        n
+            How many.
+        steps
+            Pieces of the time interval; 1 is the one-step prediction.
+        solver
+            ``euler`` (geodesic steps), ``midpoint``, ``rk4``, ``dopri5`` or ``tsit5``.
+        noise
+            Standard deviation of the tangent noise added before each step.
+        guidance
+            Bends samples towards low values of a loss.
+        seed
+            Of the source and the noise.
+        start
+            Initial weights instead of draws from the source.
+
+        Returns
+        -------
+        Tensor
+            Flat weights (n, D).
+        """
+        *_, last = self.trajectory(
+            n, steps=steps, solver=solver, noise=noise, guidance=guidance, seed=seed, start=start
+        )
+        return last
+
+    def trajectory(
+        self,
+        n: int,
+        *,
+        steps: int = 64,
+        solver: Solver = "euler",
+        noise: float = 0.0,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        start: Float[Tensor, "n D"] | None = None,
+    ) -> Iterator[Float[Tensor, "n D"]]:
+        """Yield the weights at the start and after each step; see :meth:`sample`."""
+        if not self.history:
+            raise StateError("the flow is not trained: call flow.fit(zoo) or load one first")
+        generator = torch.Generator().manual_seed(seed)
+        dtype = next(self.average.parameters()).dtype
+        x = (
+            self.draw(n, generator, dtype)
+            if start is None
+            else self.encode(self.arch.as_weights(start, name="start").to(dtype))
+        )
+        if len(x) != n:
+            raise ShapeError(f"start must hold n = {n} networks, got {len(x)}")
+
+        def velocity(t: Tensor, x: Tensor) -> Tensor:
+            v = self.velocity(x, t.expand(len(x)))
+            if guidance is None:
+                return v
+            return v + self.space.proju(x, guidance.push(x, self.decode))
+
+        def finish(t: Tensor, x: Tensor) -> Tensor:
+            if guidance is None:
+                return self.predict(self.average, x, t.expand(len(x)))
+            return self.space.retr(x, (1 - t) * velocity(t, x))
+
+        def kick(x: Tensor) -> Tensor:
+            normal = torch.randn(x.shape, generator=generator).to(x)
+            return self.space.retr(x, self.space.proju(x, noise * normal))
+
+        yield self.decode(x)
+        with torch.no_grad():
+            states = solve(
+                self.space,
+                velocity,
+                finish,
+                x,
+                steps=steps,
+                solver=solver,
+                kick=kick if noise > 0 else None,
+            )
+            for k, state in enumerate(states):
+                # Samples end on the section; a flow in ambient space gets there only now.
+                done = k == steps - 1 or solver in ("dopri5", "tsit5")
+                yield self.decode(self._settle(state) if done else state)
+
+    def _settle(self, x: States) -> States:
+        manifold = self.section.state_manifold
+        return manifold.retr(x, torch.zeros_like(x))
+
+    # ---------------------------------------------------------------- files
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that training changes."""
+        return {
+            **{f"field.{k}": v for k, v in self.field.state_dict().items()},
+            **{f"average.{k}": v for k, v in self.average.state_dict().items()},
+            "floor": self.floor,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the flow: architecture, recipe, field."""
+        return {
+            "kind": "flow",
+            "arch": self.arch.config,
+            "fingerprint": self.arch.fingerprint,
+            "recipe": self.recipe.to_json(),
+            "field": type(self.field).__name__,
+            "options": self._options,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], history: list[dict[str, float]]) -> None:
+        """Take over tensors as :meth:`tensors` gives them."""
+        try:
+            for name, module in (("field.", self.field), ("average.", self.average)):
+                found = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+                module.load_state_dict(found)
+            self.floor = tensors["floor"]
+        except (RuntimeError, KeyError) as error:
+            raise FileFormatError(f"the file holds another field: {error}") from error
+        self.history = history
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the flow to one safetensors file, atomically."""
+        save_tensors(path, self.tensors(), {**self.describe(), "history": self.history})
+
+
+def load(
+    path: str | os.PathLike[str],
+    arch: Architecture | None = None,
+    field: VectorField | None = None,
+) -> Flow:
+    """Read a flow that :meth:`Flow.save` wrote.
+
+    Parameters
+    ----------
+    path
+        The file.
+    arch
+        Its architecture; needed unless it was made by :func:`symflow.mlp`.
+    field
+        A network like the one it was trained with; needed if that was the user's own.
+
+    Raises
+    ------
+    FileFormatError
+        If the file is truncated, foreign, or belongs to another architecture.
+    """
+    from symflow.arch import from_config
+
+    tensors, meta = load_tensors(path)
+    if meta.get("kind") != "flow":
+        raise FileFormatError(f"{path} holds no flow (kind {meta.get('kind')!r})")
+    if arch is None:
+        if meta["arch"] is None:
+            raise FileFormatError(f"{path}: the flow was made for a module of yours; pass arch=")
+        arch = from_config(meta["arch"])
+    if arch.fingerprint != meta["fingerprint"]:
+        raise FileFormatError(
+            f"{path} belongs to an architecture with fingerprint {meta['fingerprint']}, the one "
+            f"given has {arch.fingerprint}"
+        )
+    if field is None and meta["options"] is None:
+        raise FileFormatError(f"{path}: the flow has a {meta['field']} of yours; pass field=")
+    recipe = Recipe.from_json(meta["recipe"])
+    flow = Flow(arch, recipe, field, **(meta["options"] or {} if field is None else {}))
+    flow.restore(tensors, meta["history"])
+    return flow

@@ -1,0 +1,124 @@
+"""Conditional paths from a start to an end, and how a state moves along them."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from symflow.manifolds import Flat, WeightManifold
+from symflow.sections import Section
+
+States = Float[Tensor, "B size"]
+
+
+class Path(ABC):
+    """The curve from x0 to x1 in the space of states, with noise around it.
+
+    Attributes
+    ----------
+    noise
+        Standard deviation of the noise at all times.
+    bridge
+        Further noise of deviation 2 b sqrt(t (1 - t)), zero at both ends: off the path, the field
+        learns to point back (in units of the root mean square of a coordinate's motion).
+    """
+
+    noise: float
+    bridge: float
+
+    @abstractmethod
+    def space(self, section: Section) -> WeightManifold:
+        """Return the manifold whose geodesics the paths are."""
+
+    @abstractmethod
+    def stays(self) -> bool:
+        """Whether states are on the section at all times, and not only at the ends."""
+
+
+@final
+@dataclass(frozen=True)
+class Straight(Path):
+    """Straight lines in the ambient space; the state reaches the section at the end.
+
+    Examples
+    --------
+    >>> Straight(bridge=0.1).stays()
+    False
+    """
+
+    noise: float = 0.0
+    bridge: float = 0.0
+
+    def space(self, section: Section) -> WeightManifold:
+        """Return flat space of the same dimension."""
+        return Flat(section.state_manifold.dimension, section.arch.num_parameters)
+
+    def stays(self) -> bool:
+        """Return False."""
+        return False
+
+
+@final
+@dataclass(frozen=True)
+class GeodesicPath(Path):
+    """Geodesics of the section space: every state is on it.
+
+    Examples
+    --------
+    >>> GeodesicPath().stays()
+    True
+    """
+
+    noise: float = 0.0
+    bridge: float = 0.0
+
+    def space(self, section: Section) -> WeightManifold:
+        """Return the section space."""
+        return section.state_manifold
+
+    def stays(self) -> bool:
+        """Return True."""
+        return True
+
+
+def interpolate(
+    space: WeightManifold,
+    path: Path,
+    x0: States,
+    x1: States,
+    t: Float[Tensor, " B"],
+    unit: Float[Tensor, " size"],
+    generator: torch.Generator,
+) -> States:
+    """Return noisy points of the paths at times ``t``; the noise is tangent.
+
+    Parameters
+    ----------
+    space
+        The manifold whose geodesics the paths are.
+    path
+        Its noise.
+    x0, x1
+        Starts and ends.
+    t
+        Times.
+    unit
+        Size of the bridge noise for each coordinate.
+    generator
+        Source of the noise.
+    """
+    point = space.geodesic(x0, space.logmap(x0, x1), t)
+    if path.noise == 0 and path.bridge == 0:
+        return point
+    bridge = 2 * path.bridge * (t * (1 - t)).clamp_min(0).sqrt()[:, None] * unit
+    normal = torch.randn(x0.shape, generator=generator, device=generator.device)
+    kick = space.proju(point, normal.to(point) * (path.noise + bridge))
+    return space.retr(point, kick)
+
+
+def velocity_to(space: WeightManifold, x: States, end: States, t: Float[Tensor, " B"]) -> States:
+    """Return the velocity log_x(end) / (1 - t) that reaches ``end`` at time one."""
+    return space.logmap(x, end) / (1 - t)[:, None]

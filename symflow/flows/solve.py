@@ -1,0 +1,99 @@
+"""Integrating a flow from time 0 to time 1. The only file that imports torchdyn."""
+
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from symflow.errors import ShapeError
+from symflow.manifolds import WeightManifold
+
+Solver: TypeAlias = Literal["euler", "midpoint", "rk4", "dopri5", "tsit5"]
+States = Float[Tensor, "B size"]
+_ADAPTIVE = ("dopri5", "tsit5")
+
+
+def solve(
+    space: WeightManifold,
+    velocity: Callable[[Tensor, States], States],
+    finish: Callable[[Tensor, States], States],
+    x: States,
+    *,
+    steps: int,
+    solver: Solver = "euler",
+    kick: Callable[[States], States] | None = None,
+    tolerance: float = 0.001,
+) -> Iterator[States]:
+    """Yield the state after each step; the last one is the sample.
+
+    The interval [0, 1] is cut into ``steps`` pieces. The last one is never integrated numerically:
+    the velocity of an end prediction grows like 1 / (1 - t), and ``finish`` knows where it leads.
+
+    Parameters
+    ----------
+    space
+        Steps of Euler's method are geodesic steps of this manifold; after each step of the other
+        fixed-step solvers the state is projected on it.
+    velocity
+        ``velocity(t, x)`` for a scalar time.
+    finish
+        Takes the state at the beginning of the last piece to time one.
+    x
+        Start.
+    steps
+        Number of pieces, at least one.
+    solver
+        ``euler``; ``midpoint`` or ``rk4`` (2 or 4 evaluations a step); ``dopri5`` or ``tsit5``
+        (adaptive over all but the last piece).
+    kick
+        Disturbs the state before each step (stochastic sampling); with fixed steps only.
+    tolerance
+        Absolute and relative error of the adaptive solvers.
+
+    Raises
+    ------
+    ShapeError
+        If ``steps`` is not positive, the solver is unknown, or noise meets an adaptive solver.
+    """
+    if steps < 1:
+        raise ShapeError(f"steps must be at least 1, got {steps}")
+    if solver not in get_args(Solver):
+        raise ShapeError(f"solver must be one of {get_args(Solver)}, got {solver!r}")
+    if kick is not None and solver in _ADAPTIVE:
+        raise ShapeError(f"stochastic steps need a fixed-step solver, got {solver!r}")
+    grid = torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device)
+    if solver in _ADAPTIVE and steps > 1:
+        x = space.projx(_odeint(velocity, space, x, grid[[0, steps - 1]], solver, tolerance))
+        yield x
+    else:
+        for k in range(steps - 1):
+            x = x if kick is None else kick(x)
+            if solver == "euler":
+                x = space.retr(x, (grid[k + 1] - grid[k]) * velocity(grid[k], x))
+            else:
+                x = space.projx(_odeint(velocity, space, x, grid[k : k + 2], solver, tolerance))
+            yield x
+    x = x if kick is None else kick(x)
+    yield finish(grid[steps - 1], x)
+
+
+def _odeint(
+    velocity: Callable[[Tensor, States], States],
+    space: WeightManifold,
+    x: States,
+    times: Tensor,
+    solver: str,
+    tolerance: float,
+) -> States:
+    from torchdyn.numerics import odeint
+
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        return velocity(t, space.projx(x))
+
+    if solver in _ADAPTIVE:
+        _, path = odeint(field, x, times, solver, atol=tolerance, rtol=tolerance)
+    else:
+        _, path = odeint(field, x, times, solver)
+    return path[-1]

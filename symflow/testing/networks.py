@@ -1,0 +1,233 @@
+"""Hypothesis strategies: architectures and weights.
+
+Networks shrink to narrower and shallower ones, weights to zero.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor, nn
+
+from symflow.arch import Architecture, mlp
+from symflow.testing.strategies import MAX_SIZE, generator, seeds, tensors, untouched
+
+ACTIVATIONS = (
+    "identity",
+    "relu",
+    "leaky_relu",
+    "tanh",
+    "sin",
+    "gelu",
+    "silu",
+    "sigmoid",
+    "softplus",
+)
+
+
+class _Nested(nn.Module):
+    """A user's module: blocks inside blocks, dropout, a method call, a reused activation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.act = nn.Tanh()
+        self.body = nn.Sequential(
+            nn.Sequential(nn.Linear(2, width), self.act, nn.Dropout(0.5)),
+            nn.Linear(width, 3),
+        )
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.body(x)))
+
+
+def _flatten_repeats(width: int) -> tuple[nn.Module, Tensor]:
+    net = nn.Sequential(
+        nn.Linear(2, width), nn.ReLU(), nn.Flatten(), nn.Linear(3 * width, 2), nn.Tanh()
+    )
+    return nn.Sequential(net, nn.Linear(2, 2)), torch.zeros(2, 3, 2)
+
+
+def _prelu(width: int) -> tuple[nn.Module, Tensor]:
+    net = nn.Sequential(
+        *(nn.Linear(3, width), nn.PReLU(width), nn.Linear(width, 2), nn.PReLU(), nn.Linear(2, 1))
+    )
+    return net, torch.zeros(2, 3)
+
+
+def _shared(width: int) -> tuple[nn.Module, Tensor]:
+    again = nn.Linear(width, width)
+    net = nn.Sequential(
+        *(nn.Linear(2, width), nn.ReLU(), again, nn.ReLU(), again, nn.ReLU(), nn.Linear(width, 2))
+    )
+    return net, torch.zeros(2, 2)
+
+
+def _norm_after(width: int) -> tuple[nn.Module, Tensor]:
+    net = nn.Sequential(
+        nn.Linear(2, width), nn.Tanh(), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 2)
+    )
+    return net, torch.zeros(2, 2)
+
+
+_MODULES: dict[str, Callable[[int], tuple[nn.Module, Tensor]]] = {
+    "nested": lambda width: (_Nested(width), torch.zeros(2, 2)),
+    "flatten": _flatten_repeats,
+    "prelu": _prelu,
+    "shared": _shared,
+    "norm_after": _norm_after,
+}
+
+
+@functools.cache
+def _mlp(widths: tuple[int, ...], activation: str, bias: bool, norm: bool) -> Architecture:
+    return mlp(widths, activation, bias=bias, batch_norm=norm)
+
+
+@functools.cache
+def _traced(kind: str, width: int) -> Architecture:
+    module, x = _MODULES[kind](width)
+    return Architecture.from_module(module, x)
+
+
+def mlps() -> SearchStrategy[Architecture]:
+    """Fully connected networks: widths 1 to 6, up to three hidden layers, all activations.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> [axis.size for axis in find(mlps(), lambda arch: len(arch.axes) == 2).axes]
+    [1, 1]
+    """
+    widths = st.lists(st.integers(1, MAX_SIZE), min_size=2, max_size=5).map(tuple)
+    return st.builds(
+        untouched(_mlp), widths, st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans()
+    )
+
+
+def architectures() -> SearchStrategy[Architecture]:
+    """MLPs and a few modules: flatten with repeats, PReLU, shared layers, nested blocks.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> find(architectures(), lambda arch: arch.dimension > 2).dimension
+    3
+    """
+    modules = st.builds(untouched(_traced), st.sampled_from(sorted(_MODULES)), st.integers(1, 4))
+    return mlps() | modules
+
+
+def weights(
+    arch: Architecture, *, batch: tuple[int, ...] = (), dtype: torch.dtype = torch.float64
+) -> SearchStrategy[Tensor]:
+    """Flat weights with small integer entries, variances positive, and awkward ones among them.
+
+    Awkward are dead neurons (zero rows), twin neurons, and leaves on a large scale.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> arch = mlp([1, 1, 1])
+    >>> find(weights(arch), lambda w: bool((w > 1).all()))
+    tensor([2., 2., 2., 2.], dtype=torch.float64)
+    """
+    size = arch.dimension * functools.reduce(lambda a, b: a * b, batch, 1)
+    if size <= 16:
+        drawn = tensors(*batch, arch.dimension, low=-3, high=3)
+    else:
+        drawn = seeds().map(lambda seed: _random_entries((*batch, arch.dimension), seed))
+    spoilers = st.lists(st.sampled_from(sorted(_SPOILERS)), max_size=2, unique=True)
+
+    def finish(w: Tensor, kinds: list[str], seed: int) -> Tensor:
+        w = w.clone()
+        for kind in kinds:
+            _SPOILERS[kind](arch, w, generator(seed))
+        _make_variances_positive(arch, w)
+        return w.to(dtype)
+
+    return st.builds(untouched(finish), drawn, spoilers, seeds())
+
+
+def generic_weights(
+    arch: Architecture, *, batch: tuple[int, ...] = (), dtype: torch.dtype = torch.float64
+) -> SearchStrategy[Tensor]:
+    """Normally distributed weights from a seed: no ties, no dead neurons.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> find(generic_weights(mlp([1, 1, 1]), batch=(2,)), lambda w: True).shape
+    torch.Size([2, 4])
+    """
+
+    def draw(seed: int) -> Tensor:
+        shape = (*batch, arch.dimension)
+        w = torch.randn(shape, generator=generator(seed), dtype=torch.float64)
+        _make_variances_positive(arch, w)
+        return w.to(dtype)
+
+    return seeds().map(untouched(draw))
+
+
+def _random_entries(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randint(-3, 4, shape, generator=generator(seed)).to(torch.float64)
+
+
+def _unit_of(arch: Architecture, g: torch.Generator) -> tuple[str, int, int] | None:
+    """Choose an axis and two of its units."""
+    if not arch.axes:
+        return None
+    axis = arch.axes[int(torch.randint(len(arch.axes), (), generator=g))]
+    one, two = torch.randint(axis.size, (2,), generator=g).tolist()
+    return axis.name, one, two
+
+
+def _slices(arch: Architecture, w: Tensor, axis: str, unit: int) -> list[tuple[int, Tensor]]:
+    """Return views of all coordinates that belong to one unit, with their degrees."""
+    found: list[tuple[int, Tensor]] = []
+    for leaf in arch.leaves:
+        x = w[..., leaf.span].view(*w.shape[:-1], *leaf.shape)
+        for k, dim in enumerate(leaf.dims):
+            if dim.axis == axis:
+                n = leaf.shape[k] // (dim.outer * dim.inner)
+                parts = x.unflatten(k - len(leaf.dims), (dim.outer, n, dim.inner))
+                found.append((dim.degree, parts.select(k - len(leaf.dims) - 1, unit)))
+    return found
+
+
+def _kill(arch: Architecture, w: Tensor, g: torch.Generator) -> None:
+    if (chosen := _unit_of(arch, g)) is not None:
+        for degree, part in _slices(arch, w, chosen[0], chosen[1]):
+            if degree >= 0:
+                part.zero_()
+
+
+def _twin(arch: Architecture, w: Tensor, g: torch.Generator) -> None:
+    if (chosen := _unit_of(arch, g)) is not None:
+        axis, one, two = chosen
+        pairs = zip(_slices(arch, w, axis, one), _slices(arch, w, axis, two), strict=True)
+        for (_, source), (_, target) in pairs:
+            target.copy_(source.clone())
+
+
+def _enlarge(arch: Architecture, w: Tensor, g: torch.Generator) -> None:
+    leaf = arch.leaves[int(torch.randint(len(arch.leaves), (), generator=g))]
+    w[..., leaf.span] *= 64
+
+
+_SPOILERS: dict[str, Callable[[Architecture, Tensor, torch.Generator], None]] = {
+    "dead": _kill,
+    "large": _enlarge,
+    "twin": _twin,
+}
+
+
+def _make_variances_positive(arch: Architecture, w: Tensor) -> None:
+    """Keep positive what is positive in a fresh module: a running variance."""
+    fresh = arch.module.state_dict()
+    for leaf in arch.leaves:
+        if not leaf.learnable and bool((fresh[leaf.name] > 0).all()):
+            w[..., leaf.span] = w[..., leaf.span].abs() + 1
