@@ -87,7 +87,7 @@ def tolerance(dtype: torch.dtype) -> Tolerance:
     return _TABLE[dtype]
 
 
-def norm(x: Float[Tensor, "*shape n"], *, keepdim: bool = False) -> Tensor:
+def norm(x: Float[Tensor, "*#shape n"], *, keepdim: bool = False) -> Tensor:
     """Euclidean norm of the last dimension; its gradient at zero is zero, not NaN.
 
     Examples
@@ -98,7 +98,7 @@ def norm(x: Float[Tensor, "*shape n"], *, keepdim: bool = False) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim)
 
 
-def unit(x: Float[Tensor, "*shape n"]) -> Float[Tensor, "*shape n"]:
+def unit(x: Float[Tensor, "*#shape n"]) -> Float[Tensor, "*#shape n"]:
     """Divide by the norm of the last dimension; a zero row stays zero.
 
     Examples
@@ -111,7 +111,7 @@ def unit(x: Float[Tensor, "*shape n"]) -> Float[Tensor, "*shape n"]:
     return x / torch.where(length > 0, length, torch.ones_like(length))
 
 
-def angle(u: Float[Tensor, "*shape n"], v: Float[Tensor, "*shape n"]) -> Float[Tensor, "*shape"]:
+def angle(u: Float[Tensor, "*#shape n"], v: Float[Tensor, "*#shape n"]) -> Float[Tensor, "*#shape"]:
     r"""Angle between unit vectors, :math:`2\,\mathrm{atan2}(|u - v|, |u + v|)`.
 
     Accurate at every angle (Kahan, 2006): ``acos(<u, v>)`` loses half of the digits near 0 and pi,

@@ -53,12 +53,12 @@ class Alignment:
     """
 
     element: Element
-    weights: Float[Tensor, "*batch D"]
-    objective: Float[Tensor, "*batch"]
+    weights: Float[Tensor, "*#batch D"]
+    objective: Float[Tensor, "*#batch"]
     history: Float[Tensor, "sweeps *batch"]
     status: Status
     seconds: float
-    objective_bound: Float[Tensor, "*batch"] | None = None
+    objective_bound: Float[Tensor, "*#batch"] | None = None
 
 
 class Aligner(ABC):
@@ -66,7 +66,7 @@ class Aligner(ABC):
 
     @abstractmethod
     def __call__(
-        self, symmetry: Symmetry, w0: Float[Tensor, "*batch D"], w1: Float[Tensor, "*batch D"]
+        self, symmetry: Symmetry, w0: Float[Tensor, "*#batch D"], w1: Float[Tensor, "*#batch D"]
     ) -> Alignment:
         """Align ``w1`` to ``w0``; batch dimensions broadcast, and every pair is solved."""
 
@@ -88,8 +88,8 @@ def require_compact(symmetry: Symmetry) -> None:
 
 
 def objective(
-    symmetry: Symmetry, w0: Float[Tensor, "*batch D"], w1: Float[Tensor, "*batch D"]
-) -> Float[Tensor, "*batch"]:
+    symmetry: Symmetry, w0: Float[Tensor, "*#batch D"], w1: Float[Tensor, "*#batch D"]
+) -> Float[Tensor, "*#batch"]:
     """Return the inner product of the learnable coordinates."""
     counted = sum(leaf.size for leaf in symmetry.leaves if leaf.learnable)
     return torch.linalg.vecdot(w0[..., :counted], w1[..., :counted])

@@ -11,8 +11,8 @@ from symflow.groups.product import CompactProduct
 
 
 def objective_bound(
-    symmetry: Symmetry, w0: Float[Tensor, "*batch D"], w1: Float[Tensor, "*batch D"]
-) -> Float[Tensor, "*batch"]:
+    symmetry: Symmetry, w0: Float[Tensor, "*#batch D"], w1: Float[Tensor, "*#batch D"]
+) -> Float[Tensor, "*#batch"]:
     """Bound max over the group of <w0, k . w1> from above.
 
     Leaves that only one axis touches are solved exactly and together. A leaf between two axes gets

@@ -7,7 +7,7 @@ with starts that make the result the same wherever on their orbits the networks 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -19,8 +19,6 @@ from symflow.arch import Element, Symmetry
 from symflow.errors import ShapeError
 from symflow.groups import CompactGroup
 from symflow.numerics import tolerance
-
-Start = Literal["sequential", "random", "identity"]
 
 
 @final
@@ -57,7 +55,7 @@ class WeightMatching(Aligner):
     True
     """
 
-    starts: Sequence[Start] = ("sequential", "random")
+    starts: Sequence[str] = ("sequential", "random")
     max_sweeps: int = 100
     seed: int = 0
 
@@ -69,7 +67,7 @@ class WeightMatching(Aligner):
             )
 
     def __call__(
-        self, symmetry: Symmetry, w0: Float[Tensor, "*batch D"], w1: Float[Tensor, "*batch D"]
+        self, symmetry: Symmetry, w0: Float[Tensor, "*#batch D"], w1: Float[Tensor, "*#batch D"]
     ) -> Alignment:
         """Align every pair of the broadcast batch; O(sweeps x (weights x width + width^3)) each."""
         require_compact(symmetry)
@@ -128,7 +126,7 @@ class WeightMatching(Aligner):
         return _Ascent(element, value, torch.stack(history), status)
 
     def _start(
-        self, problem: Contraction, symmetry: Symmetry, w1: Tensor, start: Start, k: int
+        self, problem: Contraction, symmetry: Symmetry, w1: Tensor, start: str, k: int
     ) -> Element:
         element = {a.name: _batched(a.group.identity(like=w1), len(w1)) for a in symmetry.axes}
         if start == "identity":

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -120,7 +120,7 @@ class MiniBatchOT(Coupling):
     tensor([1., 9.])
     """
 
-    metric: Literal["ambient", "quotient"] = "ambient"
+    metric: str = "ambient"
 
     def __post_init__(self) -> None:
         if self.metric not in ("ambient", "quotient"):

@@ -4,7 +4,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -52,10 +52,10 @@ class FitSettings:
 
     steps: int = 10_000
     batch_size: int = 32
-    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer: str = "adam"
     lr: float = 0.001
     weight_decay: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: str = "cosine"
     warmup: int = 50
     clip: float = 1.0
     ema: float = 0.999

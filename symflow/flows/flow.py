@@ -17,7 +17,7 @@ from symflow.flows.fit import FitSettings, Trainer
 from symflow.flows.guidance import Guidance
 from symflow.flows.path import velocity_to
 from symflow.flows.recipe import Recipe
-from symflow.flows.solve import Solver, solve
+from symflow.flows.solve import solve
 from symflow.nn import RelationalTransformer, VectorField
 from symflow.quotient import Quotient
 
@@ -195,7 +195,7 @@ class Flow:
         n: int,
         *,
         steps: int = 64,
-        solver: Solver = "euler",
+        solver: str = "euler",
         noise: float = 0.0,
         guidance: Guidance | None = None,
         seed: int = 0,
@@ -235,7 +235,7 @@ class Flow:
         n: int,
         *,
         steps: int = 64,
-        solver: Solver = "euler",
+        solver: str = "euler",
         noise: float = 0.0,
         guidance: Guidance | None = None,
         seed: int = 0,

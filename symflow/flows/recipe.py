@@ -1,7 +1,7 @@
 """What a flow is assembled from, as a value that can be written to a file and read again."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 from symflow.arch import Architecture
 from symflow.errors import FileFormatError, ShapeError
@@ -12,7 +12,6 @@ from symflow.flows.time import BetaTime, TimeLaw
 from symflow.sections import (
     BalancedSection,
     FlatSection,
-    Preserves,
     Section,
     SphereSection,
 )
@@ -59,15 +58,15 @@ class Recipe:
     RunCoupling()
     """
 
-    section: Literal["flat", "sphere", "balanced"] = "sphere"
-    preserves: Preserves = "function"
-    bias: Literal["joint", "apart"] = "joint"
+    section: str = "sphere"
+    preserves: str = "function"
+    bias: str = "joint"
     path: Path = GeodesicPath()
     coupling: Coupling = RunCoupling()
     time: TimeLaw = BetaTime()
     source: Source = Gaussian()
-    alignment: Literal["none", "reference", "pair"] = "none"
-    predicts: Literal["end", "velocity"] = "end"
+    alignment: str = "none"
+    predicts: str = "end"
     project_end: bool = True
 
     def __post_init__(self) -> None:

@@ -77,7 +77,7 @@ class BalancedCone(WeightManifold):
         self.register_buffer("first", first)
         self.register_buffer("second", second)
 
-    def moment(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch S"]:
+    def moment(self, x: Float[Tensor, "*#batch D"]) -> Float[Tensor, "*batch S"]:
         """Return the moment map; zero exactly on the cone."""
         return self._to_units(x * x)
 

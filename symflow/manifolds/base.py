@@ -61,13 +61,13 @@ class WeightManifold(geoopt.Manifold):
 
     @abstractmethod
     def geodesic(
-        self, x: Float[Tensor, "*batch D"], v: Float[Tensor, "*batch D"], t: Tensor
+        self, x: Float[Tensor, "*#batch D"], v: Float[Tensor, "*#batch D"], t: Tensor
     ) -> Float[Tensor, "*out D"]:
         """Return exp_x(t v) for many times at once: ``t`` broadcasts against the batch."""
 
     @abstractmethod
     def geodesic_velocity(
-        self, x: Float[Tensor, "*batch D"], v: Float[Tensor, "*batch D"], t: Tensor
+        self, x: Float[Tensor, "*#batch D"], v: Float[Tensor, "*#batch D"], t: Tensor
     ) -> Float[Tensor, "*out D"]:
         """Return the velocity of t -> exp_x(t v), a tangent vector at that point."""
 

@@ -16,7 +16,7 @@ from symflow.errors import AntipodalWarning, ShapeError
 from symflow.manifolds.base import WeightManifold, no_rows
 from symflow.numerics import angle, norm, sinc, tolerance, unit
 
-Rows = Float[Tensor, "*batch n"]
+Rows = Float[Tensor, "*#batch n"]
 
 
 def sphere_exp(x: Rows, v: Rows) -> Rows:
@@ -116,7 +116,7 @@ class SphereProduct(WeightManifold):
     def __init__(
         self,
         dimension: int,
-        rows: Sequence[Int[Tensor, "n d"]],
+        rows: Sequence[Int[Tensor, "_ _"]],
         radii: Sequence[float] | None = None,
         counted: int | None = None,
     ) -> None:
@@ -135,7 +135,7 @@ class SphereProduct(WeightManifold):
         self.register_buffer("order", order)
         self.register_buffer("back", order.argsort())
 
-    def split(self, x: Float[Tensor, "*batch D"]) -> tuple[list[Tensor], Tensor]:
+    def split(self, x: Float[Tensor, "*#batch D"]) -> tuple[list[Tensor], Tensor]:
         """Return the families of rows (*batch, n, d) and the Euclidean rest (*batch, m)."""
         sizes = [n * d for n, d in self.shapes]
         packed = x.index_select(-1, self.order.to(x.device))
@@ -143,7 +143,7 @@ class SphereProduct(WeightManifold):
         rows = [p.unflatten(-1, s) for p, s in zip(parts, self.shapes, strict=True)]
         return rows, rest
 
-    def join(self, rows: Sequence[Tensor], rest: Tensor) -> Float[Tensor, "*batch D"]:
+    def join(self, rows: Sequence[Tensor], rest: Tensor) -> Float[Tensor, "*#batch D"]:
         """Put rows and rest back into flat vectors."""
         packed = torch.cat([*(r.flatten(-2) for r in rows), rest], dim=-1)
         return packed.index_select(-1, self.back.to(packed.device))

@@ -43,8 +43,8 @@ class Geodesic:
     torch.Size([5, 26])
     """
 
-    start: Float[Tensor, "*batch D"]
-    direction: Float[Tensor, "*batch D"]
+    start: Float[Tensor, "*#batch D"]
+    direction: Float[Tensor, "*#batch D"]
     alignment: Alignment
     section: Section
 
@@ -54,17 +54,17 @@ class Geodesic:
         return self.section.manifold
 
     @property
-    def end(self) -> Float[Tensor, "*batch D"]:
+    def end(self) -> Float[Tensor, "*#batch D"]:
         """The end point: w1 on the section, moved next to the start."""
         return self.alignment.weights
 
     @property
-    def length(self) -> Float[Tensor, "*batch"]:
+    def length(self) -> Float[Tensor, "*#batch"]:
         """Length of the path; equal to the quotient distance."""
         return self.manifold.norm(self.start, self.direction)
 
     def __call__(
-        self, t: float | Float[Tensor, "*times"], *, rebalance: bool = False
+        self, t: float | int | Float[Tensor, "*times"], *, rebalance: bool = False
     ) -> Float[Tensor, "*out D"]:
         """Return the points at times ``t``, of shape (*times, *batch, D).
 
@@ -78,11 +78,11 @@ class Geodesic:
         points = self.manifold.geodesic(self.start, self.direction, self._times(t))
         return self.section.project(points) if rebalance else points
 
-    def velocity(self, t: float | Float[Tensor, "*times"]) -> Float[Tensor, "*out D"]:
+    def velocity(self, t: float | int | Float[Tensor, "*times"]) -> Float[Tensor, "*out D"]:
         """Return the velocities at times ``t``, of shape (*times, *batch, D)."""
         return self.manifold.geodesic_velocity(self.start, self.direction, self._times(t))
 
-    def _times(self, t: float | Tensor) -> Tensor:
+    def _times(self, t: float | int | Tensor) -> Tensor:
         times = torch.as_tensor(t, dtype=self.start.dtype, device=self.start.device)
         batch = self.start.shape[:-1]
         return times.reshape((*times.shape, *(1,) * len(batch))).expand((*times.shape, *batch))

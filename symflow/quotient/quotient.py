@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -19,13 +19,10 @@ from symflow.quotient.mean import frechet_mean
 from symflow.sections import (
     BalancedSection,
     FlatSection,
-    Preserves,
     Section,
     SphereSection,
     scaled_axes,
 )
-
-SectionName: TypeAlias = Literal["auto", "balanced", "sphere"] | None
 
 
 @final
@@ -73,11 +70,11 @@ class Quotient:
     def __init__(
         self,
         arch: Architecture,
-        section: "SectionName | Section" = "auto",
+        section: "str | Section | None" = "auto",
         *,
         aligner: Aligner | None = None,
         groups: Mapping[str, Group[Any]] | None = None,
-        preserves: Preserves = "function",
+        preserves: str = "function",
     ) -> None:
         self.arch = arch.with_groups(groups) if groups else arch
         self.section = _section(self.arch, section, preserves)
@@ -93,7 +90,7 @@ class Quotient:
         """The section space M as a geoopt manifold (M / K itself is not smooth)."""
         return self.section.manifold
 
-    def project(self, w: Weights) -> Float[Tensor, "*batch D"]:
+    def project(self, w: Weights) -> Float[Tensor, "*#batch D"]:
         """Return the section's point on the orbit of ``w``: same function, canonical scales."""
         return self.section.project(self.arch.as_weights(w))
 
@@ -114,14 +111,14 @@ class Quotient:
         """
         return self.align_points(*self._ends(w0, w1), bounds=bounds)
 
-    def distance(self, w0: Weights, w1: Weights) -> Float[Tensor, "*batch"]:
+    def distance(self, w0: Weights, w1: Weights) -> Float[Tensor, "*#batch"]:
         """Return the distance of two orbits, as far as the aligner finds it."""
         x0, x1 = self._ends(w0, w1)
         return self.manifold.dist(x0, self.align_points(x0, x1).weights)
 
     def distance_bounds(
         self, w0: Weights, w1: Weights
-    ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    ) -> tuple[Float[Tensor, "*#batch"], Float[Tensor, "*#batch"]]:
         """Bracket the true distance of two orbits.
 
         The lower bound comes from an upper bound of the inner product over all of K; on the sphere
@@ -143,11 +140,11 @@ class Quotient:
         start = x0.expand_as(found.weights)
         return Geodesic(start, self.manifold.logmap(start, found.weights), found, self.section)
 
-    def log(self, w0: Weights, w1: Weights) -> Float[Tensor, "*batch D"]:
+    def log(self, w0: Weights, w1: Weights) -> Float[Tensor, "*#batch D"]:
         """Return the velocity at project(w0) with which a geodesic reaches the orbit of w1."""
         return self.geodesic(w0, w1).direction
 
-    def exp(self, w: Weights, v: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    def exp(self, w: Weights, v: Float[Tensor, "*#batch D"]) -> Float[Tensor, "*#batch D"]:
         """Return the point that the geodesic from project(w) with velocity ``v`` reaches.
 
         Inverse of ``log`` as long as no closer element of the orbit turns up on the way.
@@ -175,7 +172,11 @@ class Quotient:
         return self.section.project(a), self.section.project(b)
 
     def align_points(
-        self, x0: Float[Tensor, "*batch D"], x1: Float[Tensor, "*batch D"], *, bounds: bool = False
+        self,
+        x0: Float[Tensor, "*#batch D"],
+        x1: Float[Tensor, "*#batch D"],
+        *,
+        bounds: bool = False,
     ) -> Alignment:
         """Align points that are on the section already, as flows do at every step; no checks."""
         found = self.aligner(self.symmetry, x0, x1)
@@ -199,7 +200,7 @@ class Quotient:
         return replace(found, element=element, weights=weights, objective=value)
 
 
-def _section(arch: Architecture, section: "SectionName | Section", preserves: Preserves) -> Section:
+def _section(arch: Architecture, section: "str | Section | None", preserves: str) -> Section:
     if preserves not in ("function", "argmax"):
         raise ShapeError(f"preserves must be 'function' or 'argmax', got {preserves!r}")
     if preserves == "argmax" and section not in ("sphere", "auto"):

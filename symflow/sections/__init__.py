@@ -3,12 +3,11 @@
 from symflow.sections.balanced import BalancedSection
 from symflow.sections.base import Section, scaled_axes, unit_coordinates
 from symflow.sections.flat import FlatSection
-from symflow.sections.sphere import Preserves, SphereSection
+from symflow.sections.sphere import SphereSection
 
 __all__ = [
     "BalancedSection",
     "FlatSection",
-    "Preserves",
     "Section",
     "SphereSection",
     "scaled_axes",

@@ -67,8 +67,8 @@ class BalancedSection(Section):
         )
 
     def split(
-        self, w: Float[Tensor, "*batch D"]
-    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch E"]]:
+        self, w: Float[Tensor, "*#batch D"]
+    ) -> tuple[Float[Tensor, "*#batch D"], Float[Tensor, "*#batch E"]]:
         """Return the balanced weights and nothing."""
         if not self._axes:
             return w, w[..., :0]
@@ -78,8 +78,8 @@ class BalancedSection(Section):
         return rescale(self.arch, w, {k: v.exp() for k, v in logs.items()}, alive), w[..., :0]
 
     def join(
-        self, x: Float[Tensor, "*batch D"], removed: Float[Tensor, "*batch E"]
-    ) -> Float[Tensor, "*batch D"]:
+        self, x: Float[Tensor, "*#batch D"], removed: Float[Tensor, "*#batch E"]
+    ) -> Float[Tensor, "*#batch D"]:
         """Return the weights."""
         return x
 
@@ -161,7 +161,7 @@ class BalancedSection(Section):
                 new = group.noncompact(group.balance(energy))
                 if axis in loops:  # both ends of a weight move: go half of the way
                     new = (new * factors[axis]).sqrt()
-                change = max(change, float((new / factors[axis]).log().abs().max()))
+                change = max(change, float((new / factors[axis]).detach().log().abs().max()))
                 factors[axis] = new
             if exact or change <= tolerance(torch.float64).converged:
                 return {a: f.log() for a, f in factors.items()}

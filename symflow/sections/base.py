@@ -38,8 +38,8 @@ class Section(ABC):
 
     @abstractmethod
     def split(
-        self, w: Float[Tensor, "*batch D"]
-    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch E"]]:
+        self, w: Float[Tensor, "*#batch D"]
+    ) -> tuple[Float[Tensor, "*#batch D"], Float[Tensor, "*#batch E"]]:
         """Return the point of the section and the removed coordinates that change the function.
 
         The latter are empty (E = 0) for sections that preserve the function; where a class of
@@ -48,11 +48,11 @@ class Section(ABC):
 
     @abstractmethod
     def join(
-        self, x: Float[Tensor, "*batch D"], removed: Float[Tensor, "*batch E"]
-    ) -> Float[Tensor, "*batch D"]:
+        self, x: Float[Tensor, "*#batch D"], removed: Float[Tensor, "*#batch E"]
+    ) -> Float[Tensor, "*#batch D"]:
         """Return weights with the function that :meth:`split` took apart."""
 
-    def project(self, w: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    def project(self, w: Float[Tensor, "*#batch D"]) -> Float[Tensor, "*#batch D"]:
         """Return the point of the section; idempotent, and constant on orbits."""
         return self.split(w)[0]
 
@@ -89,10 +89,10 @@ def unit_coordinates(arch: Architecture, axis: str, degree: int) -> Int[Tensor, 
 
 def rescale(
     arch: Architecture,
-    w: Float[Tensor, "*batch D"],
+    w: Float[Tensor, "*#batch D"],
     scales: dict[str, Tensor],
     alive: dict[str, Tensor],
-) -> Float[Tensor, "*batch D"]:
+) -> Float[Tensor, "*#batch D"]:
     """Scale units, and put those that are not alive to zero: the limit of their orbit.
 
     A unit that receives nothing or sends nothing has no balanced point: its orbit runs towards

@@ -47,13 +47,13 @@ class FlatSection(Section):
         self.manifold = self.state_manifold = Flat(arch.dimension, arch.num_parameters)
 
     def split(
-        self, w: Float[Tensor, "*batch D"]
-    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch E"]]:
+        self, w: Float[Tensor, "*#batch D"]
+    ) -> tuple[Float[Tensor, "*#batch D"], Float[Tensor, "*#batch E"]]:
         """Return the weights and nothing."""
         return w, w[..., :0]
 
     def join(
-        self, x: Float[Tensor, "*batch D"], removed: Float[Tensor, "*batch E"]
-    ) -> Float[Tensor, "*batch D"]:
+        self, x: Float[Tensor, "*#batch D"], removed: Float[Tensor, "*#batch E"]
+    ) -> Float[Tensor, "*#batch D"]:
         """Return the weights."""
         return x

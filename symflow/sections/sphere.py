@@ -1,7 +1,7 @@
 """The sphere section: every unit's incoming weights on a sphere (Pittorino et al., 2022)."""
 
 import warnings
-from typing import Literal, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -12,8 +12,6 @@ from symflow.errors import LeafError, ShapeError
 from symflow.manifolds import SphereProduct
 from symflow.numerics import norm
 from symflow.sections.base import Section, rescale, scaled_axes, unit_coordinates
-
-Preserves = Literal["function", "argmax"]
 
 
 @final
@@ -58,11 +56,13 @@ class SphereSection(Section):
         self,
         arch: Architecture,
         *,
-        preserves: Preserves = "function",
-        bias: Literal["joint", "apart"] = "joint",
+        preserves: str = "function",
+        bias: str = "joint",
     ) -> None:
         if bias not in ("joint", "apart"):
             raise ShapeError(f"bias must be 'joint' or 'apart', got {bias!r}")
+        if preserves not in ("function", "argmax"):
+            raise ShapeError(f"preserves must be 'function' or 'argmax', got {preserves!r}")
         self.arch = arch
         self.symmetry = arch.symmetry.compact
         self._rows = {
@@ -87,8 +87,8 @@ class SphereSection(Section):
         return self.arch.leaf(self.arch.output[0]).shape[0] ** 0.5
 
     def split(
-        self, w: Float[Tensor, "*batch D"]
-    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch E"]]:
+        self, w: Float[Tensor, "*#batch D"]
+    ) -> tuple[Float[Tensor, "*#batch D"], Float[Tensor, "*#batch E"]]:
         """Return the point, and the log-scale of the outputs if ``preserves="argmax"``."""
         x = w
         for name, rows in self._rows.items():
@@ -101,8 +101,8 @@ class SphereSection(Section):
         return self._split_output(x)
 
     def join(
-        self, x: Float[Tensor, "*batch D"], removed: Float[Tensor, "*batch E"]
-    ) -> Float[Tensor, "*batch D"]:
+        self, x: Float[Tensor, "*#batch D"], removed: Float[Tensor, "*#batch E"]
+    ) -> Float[Tensor, "*#batch D"]:
         """Multiply the last layer by the exponential of ``removed``."""
         if self._last is None:
             return x
