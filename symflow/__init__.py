@@ -7,7 +7,9 @@ matching over weights.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from symflow import arch, errors, groups
+import symflow.arch as arch
+import symflow.errors as errors
+import symflow.groups as groups
 from symflow.arch import Architecture, mlp
 from symflow.groups import (
     CompactGroup,
@@ -21,7 +23,15 @@ from symflow.groups import (
 )
 
 if TYPE_CHECKING:
-    from symflow import align, evaluate, flows, manifolds, nn, quotient, sections, zoo
+    import symflow.align as align
+    import symflow.evaluate as evaluate
+    import symflow.flows as flows
+    import symflow.manifolds as manifolds
+    import symflow.nn as nn
+    import symflow.quotient as quotient
+    import symflow.sections as sections
+    import symflow.testing as testing
+    import symflow.zoo as zoo
     from symflow.align import WeightMatching
     from symflow.quotient import Quotient
 
@@ -32,7 +42,17 @@ _LAZY_NAMES = {
     "Quotient": "symflow.quotient",
     "WeightMatching": "symflow.align",
 }
-_LAZY_MODULES = ("align", "evaluate", "flows", "manifolds", "nn", "quotient", "sections", "zoo")
+_LAZY_MODULES = (
+    "align",
+    "evaluate",
+    "flows",
+    "manifolds",
+    "nn",
+    "quotient",
+    "sections",
+    "testing",
+    "zoo",
+)
 
 __all__ = [
     "Architecture",
@@ -57,6 +77,7 @@ __all__ = [
     "nn",
     "quotient",
     "sections",
+    "testing",
     "zoo",
 ]
 

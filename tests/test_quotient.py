@@ -191,7 +191,7 @@ def test_bad_input_is_named():
     bad[q.arch.leaf("2.bias").span.start] = torch.nan
     with pytest.raises(LeafError, match=r"w1: leaf '2.bias' holds 1 NaN"):
         q.distance(w, bad)
-    with pytest.raises(LeafError, match="float64 on cpu, w1 is torch.float32"):
+    with pytest.raises(LeafError, match=r"float64 on cpu, w1 is torch\.float32"):
         q.distance(w, w.float())
     with pytest.raises(ShapeError, match=r"\*batch, D = "):
         q.distance(w, w[:-1])

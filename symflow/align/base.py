@@ -14,8 +14,15 @@ from symflow.errors import NotIsometricError
 from symflow.groups import CompactGroup
 
 
+@final
 class Status(Enum):
-    """How a solver ended; the value is the message."""
+    """How a solver ended; the value is the message.
+
+    Examples
+    --------
+    >>> Status.CONVERGED.value
+    'a fixed point: no single axis can be improved'
+    """
 
     CONVERGED = "a fixed point: no single axis can be improved"
     SWEEP_LIMIT = "the sweep limit was reached before a fixed point"
@@ -90,6 +97,14 @@ def require_compact(symmetry: Symmetry) -> None:
 def objective(
     symmetry: Symmetry, w0: Float[Tensor, "*#batch D"], w1: Float[Tensor, "*#batch D"]
 ) -> Float[Tensor, "*#batch"]:
-    """Return the inner product of the learnable coordinates."""
+    """Return the inner product of the learnable coordinates.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> arch = symflow.mlp([1, 1, 1])
+    >>> objective(arch.symmetry, torch.ones(4), torch.arange(4.0))
+    tensor(6.)
+    """
     counted = sum(leaf.size for leaf in symmetry.leaves if leaf.learnable)
     return torch.linalg.vecdot(w0[..., :counted], w1[..., :counted])

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -318,6 +319,14 @@ class Architecture:
                     f"{tuple(x.shape)}"
                 )
         return self._call(w, tuple(x.reshape(-1, *x.shape[len(batch) :]) for x in inputs), 0)
+
+    def to_graph(self, w: Float[Tensor, "*batch D"]) -> Any:
+        """Return the weights as a PyTorch Geometric graph; see :func:`symflow.nn.graph.to_graph`.
+
+        Units on which a symmetry acts are nodes, weights between them edges.
+        """
+        # Graphs live on a floor above this one: found by name when asked for, not imported.
+        return importlib.import_module("symflow.nn.graph").to_graph(self, w)
 
     def _call(self, w: Tensor, inputs: tuple[Tensor, ...], in_dim: int | None) -> Tensor:
         batch = w.shape[:-1]

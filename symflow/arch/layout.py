@@ -57,6 +57,12 @@ class Axis:
         What acts on them without changing the network's function.
     reason
         Where the axis comes from and why this group acts, in words.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> symflow.mlp([2, 3, 1]).axes[0].reason
+    'out of 0; ReLU commutes with permutations and positive scales'
     """
 
     name: str

@@ -69,6 +69,11 @@ class Value:
         One :class:`Dim` for each dimension; the first one is the batch and always fixed.
     made_by
         Leaves of the linear map whose result this is, if nothing has happened to it since.
+
+    Examples
+    --------
+    >>> Value((8, 3), (FIXED, Dim("h1", 1))).with_dim(-1, Dim("h2", 1), 5).shape
+    (8, 5)
     """
 
     shape: tuple[int, ...]

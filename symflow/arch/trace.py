@@ -115,6 +115,17 @@ class Call:
         The module itself; for functions the traced root.
     shape
         Shape of the result on the example inputs.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> class Scale(nn.Module):
+    ...     weight = nn.Parameter(torch.ones(3))
+    ...     forward = lambda self, x: self.weight * x
+    >>> @symflow.arch.rule(Scale)
+    ... def scale(call, x):
+    ...     call.label("weight", symflow.arch.FIXED)
+    ...     return call.elementwise(x, symflow.arch.Activation())
     """
 
     tracing: Tracing

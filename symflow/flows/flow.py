@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path as FilePath
-from typing import Any, Protocol, Self, final, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -140,7 +140,7 @@ class Flow:
         progress: bool = False,
         validation: "WeightZoo | Tensor | None" = None,
         **settings: Any,
-    ) -> Self:
+    ) -> "Flow":
         """Train the flow by regression on the end (or velocity) of random paths.
 
         Parameters

@@ -58,7 +58,14 @@ class Section(ABC):
 
 
 def scaled_axes(arch: Architecture) -> list[str]:
-    """Names of the axes on which a non-compact group acts, from input to output."""
+    """Names of the axes on which a non-compact group acts, from input to output.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> scaled_axes(symflow.mlp([2, 3, 3, 1])), scaled_axes(symflow.mlp([2, 3, 1], "tanh"))
+    (['h1', 'h2'], [])
+    """
     return [a.name for a in arch.axes if isinstance(a.group, NoncompactGroup)]
 
 
