@@ -1,5 +1,9 @@
 import pytest
-from symflow.testing.equivariance import symmetry_laws
+
 from symflow.testing import architectures
+from symflow.testing.equivariance import symmetry_laws
+
+
 @pytest.mark.parametrize("law", symmetry_laws(architectures()), ids=str)
-def test_symmetry(law): law.check()
+def test_symmetry(law):
+    law.check()

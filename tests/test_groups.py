@@ -1,4 +1,5 @@
 import pytest
+
 from symflow.groups import Group
 from symflow.testing import concrete_classes, laws
 

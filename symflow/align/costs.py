@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.arch import Element, Leaf, Symmetry
+from symflow.groups import map_element
 
 
 @final
@@ -129,7 +130,7 @@ class Contraction:
             at = j - len(leaf.dims)
             shape = x.shape
             x = x.unflatten(at, (dim.outer, n, dim.inner))
-            g = _take(element[dim.axis], rows)
+            g = map_element(lambda part: part[rows], element[dim.axis])
             x = self.symmetry[dim.axis].group.act(g, x, dim=at - 1, degree=dim.degree)
             x = x.reshape(shape)
         return x
@@ -149,21 +150,8 @@ def _add(a: dict[int, Tensor], b: dict[int, Tensor]) -> dict[int, Tensor]:
     return total
 
 
-def _take(element: Any, rows: Tensor) -> Any:
-    if isinstance(element, tuple):
-        return tuple(_take(e, rows) for e in element)
-    return element[rows]
-
-
-def put(element: Any, rows: Tensor, new: Any) -> Any:
-    """Return a batched element with the entries ``rows`` replaced."""
-    if isinstance(element, tuple):
-        return tuple(put(e, rows, x) for e, x in zip(element, new, strict=True))
-    return element.index_copy(0, rows, new.to(element.dtype))
-
-
 def where(keep: Tensor, element: Any, other: Any) -> Any:
     """Choose between two batched elements entry by entry; ``keep`` is (N,)."""
-    if isinstance(element, tuple):
-        return tuple(where(keep, e, o) for e, o in zip(element, other, strict=True))
-    return torch.where(keep.reshape(-1, *(1,) * (element.ndim - 1)), element, other)
+    return map_element(
+        lambda e, o: torch.where(keep.reshape(-1, *(1,) * (e.ndim - 1)), e, o), element, other
+    )

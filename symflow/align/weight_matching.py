@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.align.base import Aligner, Alignment, Status, objective, require_compact
-from symflow.align.costs import Contraction, put, where
+from symflow.align.costs import Contraction, where
 from symflow.arch import Element, Symmetry
 from symflow.errors import ShapeError
-from symflow.groups import CompactGroup
+from symflow.groups import CompactGroup, map_element
 from symflow.numerics import tolerance
 
 
@@ -81,7 +81,10 @@ class WeightMatching(Aligner):
         best = self._ascend(problem, symmetry, left, right, 0)
         for k in range(1, len(self.starts)):
             best = _better(best, self._ascend(problem, symmetry, left, right, k), right.dtype)
-        element = {k: _reshape(g, batch) for k, g in best.element.items()}
+        element = {
+            k: map_element(lambda part: part.reshape((*batch, *part.shape[1:])), g)
+            for k, g in best.element.items()
+        }
         weights = symmetry.act(element, w1)
         value = objective(symmetry, w0, weights)
         return Alignment(
@@ -109,7 +112,13 @@ class WeightMatching(Aligner):
                 stale[axis.name] = torch.zeros_like(stale[axis.name])
                 costs = problem.costs(axis.name, element, rows)
                 new = _oracle(axis.group).nearest_by_degree(costs)
-                trial = element | {axis.name: put(element[axis.name], rows, new)}
+                trial = element | {
+                    axis.name: map_element(
+                        lambda old, part, rows=rows: old.index_copy(0, rows, part.to(old.dtype)),
+                        element[axis.name],
+                        new,
+                    )
+                }
                 after = objective(symmetry, w0, symmetry.act(trial, w1))
                 # Exact steps never lose; linearised ones (an axis twice in a leaf) and ties may.
                 rise = after - value > tolerance(w1.dtype).gain * value.abs()
@@ -128,7 +137,12 @@ class WeightMatching(Aligner):
     def _start(
         self, problem: Contraction, symmetry: Symmetry, w1: Tensor, start: str, k: int
     ) -> Element:
-        element = {a.name: _batched(a.group.identity(like=w1), len(w1)) for a in symmetry.axes}
+        element = {
+            a.name: map_element(
+                lambda part: part.expand(len(w1), *part.shape).clone(), a.group.identity(like=w1)
+            )
+            for a in symmetry.axes
+        }
         if start == "identity":
             return element
         weights = self._factors(problem, k) if start == "random" else None
@@ -179,15 +193,3 @@ def _oracle(group: Any) -> CompactGroup[Any]:
     if isinstance(group, CompactGroup):
         return group
     raise TypeError(f"{group} is not compact")  # excluded by require_compact
-
-
-def _batched(element: Any, n: int) -> Any:
-    if isinstance(element, tuple):
-        return tuple(_batched(e, n) for e in element)
-    return element.expand(n, *element.shape).clone()
-
-
-def _reshape(element: Any, batch: torch.Size) -> Any:
-    if isinstance(element, tuple):
-        return tuple(_reshape(e, batch) for e in element)
-    return element.reshape(*batch, *element.shape[1:])

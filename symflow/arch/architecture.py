@@ -265,7 +265,7 @@ class Architecture:
         # One split, not a slice for each leaf: its backward pass is one concatenation.
         pieces = w.split([leaf.size for leaf in self.leaves], dim=-1)
         return {
-            leaf.name: piece.reshape(*w.shape[:-1], *leaf.shape)
+            leaf.name: piece.reshape((*w.shape[:-1], *leaf.shape))
             for leaf, piece in zip(self.leaves, pieces, strict=True)
         }
 
@@ -333,10 +333,20 @@ class Architecture:
         state = self.unflatten(w.reshape(-1, w.shape[-1]))
         dims = (0, *(in_dim for _ in inputs))
         out = vmap(self._forward, in_dims=dims)(state, *inputs)
-        return out.reshape(*batch, *out.shape[1:])
+        return out.reshape((*batch, *out.shape[1:]))
 
     def _forward(self, state: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        return functional_call(self.module, state, inputs)
+        ties = {alias: state[name] for alias, name in self._ties}
+        return functional_call(self.module, state | ties, inputs, tie_weights=False)
+
+    @cached_property
+    def _ties(self) -> tuple[tuple[str, str], ...]:
+        """Leaves tied across modules: torch would leave the weights in a module with two names."""
+        return tuple(
+            (alias, name)
+            for alias, name in self.aliases
+            if _owner(self.module, alias) is not _owner(self.module, name)
+        )
 
     # ---------------------------------------------------------------- checks
 
@@ -363,6 +373,10 @@ class Architecture:
                     f"{name}: leaf {leaf.name!r} holds {bad} NaN or infinite value(s): this "
                     "network has diverged; leave it out"
                 )
+
+
+def _owner(module: nn.Module, key: str) -> nn.Module:
+    return module.get_submodule(key.rpartition(".")[0])
 
 
 def _canonical_names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:

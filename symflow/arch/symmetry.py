@@ -11,7 +11,7 @@ from torch import Tensor
 
 from symflow.arch.layout import Axis, Dim, Leaf
 from symflow.errors import ShapeError
-from symflow.groups import CompactGroup, NoncompactGroup, monomial
+from symflow.groups import CompactGroup, NoncompactGroup, map_element, monomial
 
 Element = dict[str, Any]
 
@@ -136,11 +136,9 @@ class Symmetry:
         scales = scale_coordinates(self.leaves, {k: p[1] for k, p in parts.items()})
         if index is None:
             return w if scales is None else w * scales.to(w.dtype)
-        if index.ndim == 1:
-            moved = w.index_select(-1, index)
-        else:
-            shape = torch.broadcast_shapes(index.shape, w.shape)
-            moved = torch.take_along_dim(w.expand(shape), index.expand(shape), -1)
+        # gather, not index_select: on the CPU it is the one of the two that runs in parallel.
+        shape = torch.broadcast_shapes(index.shape, w.shape)
+        moved = w.expand(shape).gather(-1, index.expand(shape))
         if scales is None:
             return moved
         scales = scales.to(w.dtype)
@@ -149,11 +147,14 @@ class Symmetry:
         return moved.mul_(scales)  # a fresh tensor: no second allocation, half of the time
 
     def _act_by_leaf(self, g: Mapping[str, Any], w: Tensor) -> Tensor:
-        batch = self._batch(g, w)
+        batches = {a.name: a.group.batch_shape(g[a.name]) for a in self.axes if a.name in g}
+        batch = torch.broadcast_shapes(w.shape[:-1], *batches.values())
         w = w.expand(*batch, w.shape[-1])
+        # Groups match batch dimensions from the left, weights broadcast from the right.
+        lifted = {name: _lift(g[name], len(batch) - len(own)) for name, own in batches.items()}
         pieces = []
         for leaf in self.leaves:
-            x = w[..., leaf.span].reshape(*batch, *leaf.shape)
+            x = w[..., leaf.span].reshape((*batch, *leaf.shape))
             for k, dim in enumerate(leaf.dims):
                 if dim.axis is None or dim.axis not in g:
                     continue
@@ -161,19 +162,19 @@ class Symmetry:
                 back = k - len(leaf.dims)
                 n = self[dim.axis].size
                 x = x.unflatten(back, (dim.outer, n, dim.inner))
-                x = self[dim.axis].group.act(g[dim.axis], x, dim=back - 1, degree=dim.degree)
+                x = self[dim.axis].group.act(lifted[dim.axis], x, dim=back - 1, degree=dim.degree)
                 x = x.reshape(shape)
             pieces.append(x.reshape(*batch, leaf.size))
         return torch.cat(pieces, dim=-1)
 
-    def _batch(self, g: Mapping[str, Any], w: Tensor) -> torch.Size:
-        """Return the common batch shape of an element and weights."""
-        shapes = [w.shape[:-1]]
-        for axis in self.axes:
-            if axis.name in g:
-                probe = axis.group.matrix(g[axis.name], like=w.new_zeros(()))
-                shapes.append(probe.shape[:-2])
-        return torch.broadcast_shapes(*shapes)
+
+def _lift(g: Any, dims: int) -> Any:
+    """Put dimensions of size one in front of an element."""
+
+    def lift(part: Tensor) -> Tensor:
+        return part.reshape((*(1,) * dims, *part.shape))
+
+    return map_element(lift, g)
 
 
 def _residual(axis: Axis) -> CompactGroup[Any]:
@@ -226,7 +227,7 @@ def _compile_index(
             )
             stride = math.prod(leaf.shape[k + 1 :])
             index = index[..., None] + _trailing(place * stride, k)
-        pieces.append(index.expand(*batch, *leaf.shape).reshape(*batch, leaf.size))
+        pieces.append(index.expand((*batch, *leaf.shape)).reshape((*batch, leaf.size)))
     return torch.cat(pieces, dim=-1)
 
 
@@ -268,7 +269,7 @@ def scale_coordinates(
             degree = abs(dim.degree) if absolute else dim.degree
             factor = one.new_ones(leaf.shape[k]) if s is None else repeat_along(s**degree, dim)
             scale = scale[..., None] * _trailing(factor, k)
-        pieces.append(scale.expand(*batch, *leaf.shape).reshape(*batch, leaf.size))
+        pieces.append(scale.expand((*batch, *leaf.shape)).reshape((*batch, leaf.size)))
     return torch.cat(pieces, dim=-1)
 
 

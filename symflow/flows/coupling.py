@@ -45,6 +45,10 @@ class Coupling(ABC):
             Starts and ends, pair by pair.
         """
 
+    @abstractmethod
+    def keeps_runs(self) -> bool:
+        """Whether each end always meets its own recorded start, so that pairs never change."""
+
 
 @final
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Independent(Coupling):
     ) -> tuple[States, States]:
         """Draw as many starts as there are ends."""
         return draw(len(ends)), ends
+
+    def keeps_runs(self) -> bool:
+        """Return False."""
+        return False
 
 
 @final
@@ -99,6 +107,10 @@ class RunCoupling(Coupling):
                 "symflow.zoo.train, or use coupling=Independent()"
             )
         return starts, ends
+
+    def keeps_runs(self) -> bool:
+        """Return True."""
+        return True
 
 
 @final
@@ -140,3 +152,7 @@ class MiniBatchOT(Coupling):
         moved = align(x0[:, None], ends[None])
         columns = assignment(-(x0[:, None] - moved).square().sum(-1))
         return x0, moved[torch.arange(len(ends)), columns]
+
+    def keeps_runs(self) -> bool:
+        """Return False."""
+        return False

@@ -130,7 +130,7 @@ class Trainer:
         bar = tqdm(
             total=self.settings.steps,
             initial=self.step,
-            disable=not progress,
+            disable=None if progress else True,  # None: where the output is no terminal
             desc=f"flow ({self.flow.recipe.section})",
         )
         with bar:
@@ -217,15 +217,21 @@ class Trainer:
             ends[rows],
             flow.align,
         )
-        return x0, (flow.align(x0, x1) if flow.recipe.alignment == "pair" else x1)
+        aligned = flow.recipe.coupling.keeps_runs() or flow.recipe.alignment != "pair"
+        return x0, (x1 if aligned else flow.align(x0, x1))
 
     # ---------------------------------------------------------------- preparation
 
     def _states(self, starts: Tensor | None, ends: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Encode, and do once what would be the same at every step: align fixed pairs."""
+        recipe = self.flow.recipe
+        x0 = None if starts is None else self.flow.encode(starts.to(self.dtype))
         x1 = self.flow.encode(ends.to(self.dtype))
-        if self.flow.recipe.alignment == "reference":
+        if recipe.alignment == "reference":
             x1 = self.flow.align(x1[0], x1)
-        return None if starts is None else self.flow.encode(starts.to(self.dtype)), x1
+        if recipe.alignment == "pair" and recipe.coupling.keeps_runs() and x0 is not None:
+            x1 = self.flow.align(x0, x1)
+        return x0, x1
 
     def _check_source(self, starts: Tensor | None) -> None:
         """Warn if the source, where samples start, is unlike the recorded initial weights."""

@@ -21,15 +21,22 @@ from symflow.flows.solve import solve
 from symflow.nn import RelationalTransformer, VectorField
 from symflow.quotient import Quotient
 
-States = Float[Tensor, "*batch size"]
+States = Float[Tensor, "*#batch size"]
 
 
 @runtime_checkable
 class WeightZoo(Protocol):
     """Trained networks with their initial weights, as ``symflow.zoo.train`` returns them."""
 
-    initial: Tensor
-    final: Tensor
+    @property
+    def initial(self) -> Tensor:
+        """Initial weights (R, D)."""
+        ...
+
+    @property
+    def final(self) -> Tensor:
+        """Trained weights (R, D)."""
+        ...
 
 
 @final
@@ -118,16 +125,14 @@ class Flow:
         if self.recipe.predicts == "velocity":
             ahead = self.space.proju(x, out) * (1 - t)[:, None]
             return self.space.retr(x, ahead)
-        return self.section.state_manifold.projx(out) if self.recipe.project_end else out
+        end = x + self.recipe.path.reach(t)[:, None] * (out - x)
+        return self.section.state_manifold.projx(end) if self.recipe.project_end else end
 
     def velocity(self, x: States, t: Float[Tensor, " B"]) -> States:
         """Return the velocity of the flow (of the averaged network) at states and times."""
-        out = self.average(x, t)
         if self.recipe.predicts == "velocity":
-            return self.space.proju(x, out)
-        if self.recipe.project_end:
-            out = self.section.state_manifold.projx(out)
-        return velocity_to(self.space, x, out, t)
+            return self.space.proju(x, self.average(x, t))
+        return velocity_to(self.space, x, self.predict(self.average, x, t), t)
 
     # ---------------------------------------------------------------- training
 

@@ -33,6 +33,15 @@ class Path(ABC):
     def space(self, section: Section) -> WeightManifold:
         """Return the manifold whose geodesics the paths are."""
 
+    def reach(self, t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """Return how far off the end still is at a time, relative to the whole path.
+
+        An end prediction is x + reach(t) * (output - x): a network that may move x by as much at
+        t = 1 as at 0 has a velocity of order 1 / (1 - t), whose integral diverges, and samples that
+        drift the more the finer the steps are.
+        """
+        return ((1 - t) ** 2 + 4 * self.bridge**2 * t * (1 - t)).clamp_min(0).sqrt()
+
     @abstractmethod
     def stays(self) -> bool:
         """Whether states are on the section at all times, and not only at the ends."""

@@ -1,6 +1,6 @@
 """Symmetry groups of one axis, and the contract for writing new ones."""
 
-from symflow.groups.base import CompactGroup, Group, NoncompactGroup, along
+from symflow.groups.base import CompactGroup, Group, NoncompactGroup, along, map_element
 from symflow.groups.diagonal import DiagonalGroup, PositiveScale, Sign
 from symflow.groups.permutation import Permutation, PermutingGroup, assignment, invert
 from symflow.groups.product import CompactProduct, NoncompactProduct, monomial
@@ -21,5 +21,6 @@ __all__ = [
     "along",
     "assignment",
     "invert",
+    "map_element",
     "monomial",
 ]

@@ -8,7 +8,7 @@ any integer degree p by its p-th power.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -50,7 +50,32 @@ def along(v: Tensor, x: Tensor, dim: int) -> Tensor:
             f"the group acts on size {v.shape[-1]}, but dim {dim} of the tensor of shape "
             f"{tuple(x.shape)} has size {x.shape[dim]}"
         )
+    if any(1 not in (m, n) and m != n for m, n in zip(v.shape[:-1], x.shape, strict=False)):
+        raise ShapeError(
+            f"the element has batch shape {tuple(v.shape[:-1])}, which does not broadcast with the "
+            f"leading dimensions of the tensor of shape {tuple(x.shape)}"
+        )
     return v.reshape(*v.shape[:-1], *(1,) * inner, v.shape[-1], *(1,) * (-dim - 1))
+
+
+def map_element(function: Callable[..., Tensor], g: Any, *others: Any) -> Any:
+    """Apply a function to every tensor of an element (a tensor, or nested tuples of them).
+
+    Parameters
+    ----------
+    function
+        Takes one tensor of each element.
+    g, *others
+        Elements of the same group.
+
+    Examples
+    --------
+    >>> map_element(torch.add, (torch.zeros(1), torch.ones(1)), (torch.ones(1), torch.ones(1)))
+    (tensor([1.]), tensor([2.]))
+    """
+    if isinstance(g, tuple):
+        return tuple(map_element(function, *parts) for parts in zip(g, *others, strict=True))
+    return function(g, *others)
 
 
 class Group(ABC, Generic[E]):
@@ -92,9 +117,24 @@ class Group(ABC, Generic[E]):
         tensor([[0., 1.],
                 [1., 0.]])
         """
-        batch = _batch_shape(g, self.identity(like=like))
+        batch = self.batch_shape(g)
         eye = torch.eye(self.size, dtype=like.dtype, device=like.device)
         return self.act(g, eye.expand(*batch, self.size, self.size), dim=-2)
+
+    def batch_shape(self, g: E) -> torch.Size:
+        """Return the batch dimensions of an element: what it has in front of an unbatched one.
+
+        Examples
+        --------
+        >>> from symflow import Permutation, Sign
+        >>> (Permutation(2) @ Sign(2)).batch_shape((torch.zeros(5, 2), torch.zeros(5, 2)))
+        torch.Size([5])
+        """
+        part: Any = g
+        single: Any = self.identity(like=torch.zeros(()))
+        while isinstance(part, tuple):
+            part, single = part[0], single[0]
+        return part.shape[: part.ndim - single.ndim]
 
     def __matmul__(self, inner: "Group[Any]") -> "Group[Any]":
         """Return ``A @ B``, all products a b (semidirect where A permutes B's coordinates)."""
@@ -162,10 +202,3 @@ class NoncompactGroup(Group[E]):
     @abstractmethod
     def noncompact(self, g: E) -> Tensor:
         """Return the positive scales (*batch, n) that ``g`` applies, without its compact part."""
-
-
-def _batch_shape(g: Any, identity: Any) -> tuple[int, ...]:
-    """Batch dimensions of an element: what it has in front of an unbatched one."""
-    while isinstance(g, tuple):
-        g, identity = g[0], identity[0]
-    return tuple(g.shape[: g.ndim - identity.ndim])

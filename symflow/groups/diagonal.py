@@ -12,7 +12,7 @@ from torch import Tensor
 from symflow.errors import DegreeError
 from symflow.groups.base import CompactGroup, Group, NoncompactGroup, along
 
-Scales = Float[Tensor, "*batch n"]
+Scales = Float[Tensor, "*#batch n"]
 
 
 class DiagonalGroup(Group[Tensor]):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from symflow.groups.base import CompactGroup, along
 
-Index = Int[Tensor, "*batch n"]
+Index = Int[Tensor, "*#batch n"]
 
 
 class PermutingGroup(CompactGroup[Tensor]):

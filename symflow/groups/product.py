@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.errors import ShapeError
-from symflow.groups.base import CompactGroup, Group, NoncompactGroup
+from symflow.groups.base import CompactGroup, Group, NoncompactGroup, map_element
 from symflow.groups.diagonal import DiagonalGroup
 from symflow.groups.permutation import PermutingGroup, invert
 from symflow.groups.trivial import Trivial
@@ -262,10 +262,13 @@ class NoncompactProduct(_Product, NoncompactGroup[Pair]):
         like = next(iter(energy.values()))
         batch = like.shape[:-1]
 
+        def spread(part: Tensor) -> Tensor:
+            return part.expand((*batch, *part.shape))
+
         def part(group: Group[Any]) -> Any:
             if isinstance(group, NoncompactGroup):
                 return group.balance(energy)
-            return _expand(group.identity(like=like), batch)
+            return map_element(spread, group.identity(like=like))
 
         return part(self.outer), part(self.inner)
 
@@ -290,9 +293,3 @@ def _compact(group: DiagonalGroup) -> CompactGroup[Any]:
     if isinstance(group, CompactGroup):
         return group
     raise TypeError(f"{group} is not compact")
-
-
-def _expand(element: Any, batch: torch.Size) -> Any:
-    if isinstance(element, tuple):
-        return tuple(_expand(e, batch) for e in element)
-    return element.expand(*batch, *element.shape)

@@ -1,8 +1,11 @@
 """What a vector field on weight space is: equivariant, in time, and honest about its symmetry."""
 
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -113,7 +116,7 @@ class VectorField(nn.Module, ABC):
                     "field that respects the permutations alone, or use one that declares more"
                 )
 
-    def standardise(self, samples: Float[Tensor, "n *size"]) -> Self:
+    def standardise(self, samples: Float[Tensor, "n *size"]) -> "VectorField":
         """Set the units in which the field sees weights: mean 0 and variance 1 for each leaf.
 
         Parameters
@@ -166,6 +169,27 @@ class VectorField(nn.Module, ABC):
                 f"x must be (B, D + extra = {size}) and t (B,), got {tuple(x.shape)} and "
                 f"{tuple(t.shape)}"
             )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initialise modules from their own seed and leave the global generator as it was.
+
+    Graphs may lack a kind of number (no biases, say); the maps for it have zero elements, which
+    PyTorch warns of.
+
+    Examples
+    --------
+    >>> with seeded(0):
+    ...     a = torch.rand(1)
+    >>> with seeded(0):
+    ...     torch.equal(a, torch.rand(1))
+    True
+    """
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        torch.manual_seed(seed)
+        yield
 
 
 def permutations(symmetry: Symmetry) -> Symmetry:

@@ -180,7 +180,7 @@ def symmetric_layout(arch: Architecture, *, extra: int = 0) -> Layout:
         nodes.append(NodeBlock(name, n, places.shape[1], alike=True))
         node_places.append(places.flatten())
     joined = {ends: torch.cat(found[ends], dim=2) for ends in sorted(found)}
-    edges = tuple(EdgeBlock(*ends, places.shape[2]) for ends, places in joined.items())
+    edges = tuple(EdgeBlock(ends[0], ends[1], x.shape[2]) for ends, x in joined.items())
     order = torch.cat([*whole, *node_places, *(p.flatten() for p in joined.values())])
     return Layout(tuple(nodes), edges, int(sum(map(len, whole))), order)
 

@@ -12,7 +12,7 @@ from symflow.align import Aligner, Alignment, WeightMatching, objective, objecti
 from symflow.align.arcs import polish_arcs
 from symflow.arch import Architecture, Symmetry, Weights
 from symflow.errors import LeafError, ShapeError
-from symflow.groups import Group
+from symflow.groups import Group, map_element
 from symflow.manifolds import SphereProduct, WeightManifold
 from symflow.quotient.geodesic import Geodesic
 from symflow.quotient.mean import frechet_mean
@@ -192,9 +192,15 @@ class Quotient:
     ) -> Alignment:
         batch, d = found.weights.shape[:-1], x1.shape[-1]
         left, right = (x.detach().expand(*batch, d).reshape(-1, d) for x in (x0, x1))
-        flat = {k: _flatten(g, len(batch)) for k, g in found.element.items()}
+        flat = {
+            k: map_element(lambda part: part.reshape(-1, *part.shape[len(batch) :]), g)
+            for k, g in found.element.items()
+        }
         better = polish_arcs(self.symmetry, manifold, left, right, flat)
-        element = {k: _unflatten(g, batch) for k, g in better.items()}
+        element = {
+            k: map_element(lambda part: part.reshape((*batch, *part.shape[1:])), g)
+            for k, g in better.items()
+        }
         weights = self.symmetry.act(element, x1.expand(*batch, d))
         value = objective(self.symmetry, x0, weights)
         return replace(found, element=element, weights=weights, objective=value)
@@ -217,15 +223,3 @@ def _section(arch: Architecture, section: "str | Section | None", preserves: str
     if section is None or section == "auto":
         return FlatSection(arch)
     raise ShapeError(f"section must be 'auto', 'balanced', 'sphere' or None, got {section!r}")
-
-
-def _flatten(element: Any, batch_dims: int) -> Any:
-    if isinstance(element, tuple):
-        return tuple(_flatten(e, batch_dims) for e in element)
-    return element.reshape(-1, *element.shape[batch_dims:])
-
-
-def _unflatten(element: Any, batch: torch.Size) -> Any:
-    if isinstance(element, tuple):
-        return tuple(_unflatten(e, batch) for e in element)
-    return element.reshape(*batch, *element.shape[1:])

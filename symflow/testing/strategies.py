@@ -8,7 +8,6 @@ import functools
 import importlib
 import inspect
 import pkgutil
-import random
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -47,30 +46,6 @@ def seeds() -> SearchStrategy[int]:
     4
     """
     return st.integers(0, 2**31 - 1)
-
-
-def untouched(function: Callable[..., T]) -> Callable[..., T]:
-    """Let a function leave the state of Python's ``random`` alone.
-
-    Runtime type checkers draw from it to choose the item of a container that they look at, and
-    Hypothesis refuses strategies that touch it.
-
-    Examples
-    --------
-    >>> before = random.getstate()
-    >>> untouched(random.random)() < 1, random.getstate() == before
-    (True, True)
-    """
-
-    @functools.wraps(function)
-    def call(*args: Any) -> T:
-        state = random.getstate()
-        try:
-            return function(*args)
-        finally:
-            random.setstate(state)
-
-    return call
 
 
 def generator(seed: int) -> torch.Generator:
@@ -146,7 +121,7 @@ def values(cls: type[T]) -> SearchStrategy[T]:
     if cls in _REGISTERED:
         return _REGISTERED[cls]
     if is_dataclass(cls) and [f.name for f in fields(cls)] == ["size"]:
-        return st.integers(1, MAX_SIZE).map(untouched(cls))
+        return st.integers(1, MAX_SIZE).map(cls)
     raise LookupError(
         f"no strategy draws {cls.__module__}.{cls.__qualname__}: register one with "
         f"symflow.testing.register({cls.__name__}, strategy)"
@@ -204,7 +179,7 @@ def elements(
     >>> find(elements(Permutation(3)), lambda g: True)
     tensor([0, 1, 2])
     """
-    return seeds().map(untouched(lambda seed: element(group, seed, batch=batch, dtype=dtype)))
+    return seeds().map(lambda seed: element(group, seed, batch=batch, dtype=dtype))
 
 
 def element(
@@ -241,7 +216,7 @@ def expand(g: Any, batch: tuple[int, ...]) -> Any:
         return {key: expand(value, batch) for key, value in g.items()}
     if isinstance(g, tuple):
         return tuple(expand(part, batch) for part in g)
-    return g.expand(*batch, *g.shape)
+    return g.expand((*batch, *g.shape))
 
 
 def pick(g: Any, index: int | tuple[int, ...]) -> Any:
@@ -260,8 +235,7 @@ def pick(g: Any, index: int | tuple[int, ...]) -> Any:
 
 
 def _sized(*kinds: Callable[[int], Group[Any]]) -> SearchStrategy[Any]:
-    build = untouched(lambda kind, n: kind(n))
-    return st.builds(build, st.sampled_from(kinds), st.integers(1, MAX_SIZE))
+    return st.builds(lambda kind, n: kind(n), st.sampled_from(kinds), st.integers(1, MAX_SIZE))
 
 
 register(CompactProduct, _sized(lambda n: Permutation(n) @ Sign(n)))

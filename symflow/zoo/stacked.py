@@ -47,6 +47,13 @@ class Stacked:
         module = copy.deepcopy(arch.module).train(training)
         self.module = module.to(device=like.device, dtype=like.dtype)
         self._steps = _chain(self.module, dict(arch.aliases))
+        # functional_call sets a module that is used twice once for each of its names, and then
+        # leaves the last one's weights in it. So it is told of leaves tied across modules only.
+        self._ties = [
+            (alias, name)
+            for alias, name in arch.aliases
+            if _owner(self.module, alias) is not _owner(self.module, name)
+        ]
 
     def __call__(
         self, state: dict[str, Tensor], x: Float[Tensor, "G B *features"]
@@ -66,8 +73,14 @@ class Stacked:
             Outputs with the batch last: the layout in which each layer is one product.
         """
         if self._steps is None:
-            return _mapped(self.module, state, x)
+            ties = {alias: state[name] for alias, name in self._ties}
+            return _mapped(self.module, state | ties, x)
         return _chained(self._steps, state, x)
+
+    @property
+    def chained(self) -> bool:
+        """Whether the network runs as a chain of products, not mapped by ``vmap``."""
+        return self._steps is not None
 
     def counters(self) -> dict[str, Tensor]:
         """Integer buffers of the module (batches seen), which all runs share."""
@@ -75,9 +88,13 @@ class Stacked:
         return {name: b for name, b in found if not b.is_floating_point()}
 
 
+def _owner(module: nn.Module, key: str) -> nn.Module:
+    return module.get_submodule(key.rpartition(".")[0])
+
+
 def _mapped(module: nn.Module, state: dict[str, Tensor], x: Tensor) -> Tensor:
     def one(leaves: dict[str, Tensor], inputs: Tensor) -> Tensor:
-        return functional_call(module, leaves, (inputs,))
+        return functional_call(module, leaves, (inputs,), tie_weights=False)
 
     groups = {key: leaf.unflatten(0, (x.shape[0], -1)) for key, leaf in state.items()}
     group = vmap(one, in_dims=(0, None), randomness="different")

@@ -75,7 +75,7 @@ class Task:
         found = hashlib.sha256()
         for x in (self.x_train, self.y_train, self.x_test, self.y_test):
             found.update(f"{x.dtype}{tuple(x.shape)}".encode())
-            found.update(memoryview(x.detach().cpu().contiguous().numpy()).cast("B"))
+            found.update(x.detach().cpu().contiguous().numpy().data.cast("B"))
         return found.hexdigest()[:16]
 
     def __repr__(self) -> str:
@@ -129,7 +129,7 @@ def breast_cancer(test_fraction: float = 0.2, seed: int = 0) -> Task:
     Examples
     --------
     >>> breast_cancer()
-    Task('breast_cancer': 455 training and 114 test examples of shape (30,), 2 classes)
+    Task('breast_cancer': 456 training and 113 test examples of shape (30,), 2 classes)
     """
     from sklearn.datasets import load_breast_cancer
 
@@ -258,8 +258,9 @@ def task(name: str | os.PathLike[str]) -> Task:
     if Path(key).is_dir() or not isinstance(name, str) or Path(key).name != key:
         return idx(key)
     raise UnknownTaskError(
-        f"unknown task {key!r}: the known ones are {', '.join(_KNOWN)}; for images of your own give "
-        "the path of a folder of IDX files, or its name inside the folder that SYMFLOW_DATA names"
+        f"unknown task {key!r}: the known ones are {', '.join(_KNOWN)}; for images of your own "
+        "give the path of a folder of IDX files, or its name inside the folder that SYMFLOW_DATA "
+        "names"
     )
 
 
@@ -286,8 +287,8 @@ def _stratified(y: Tensor, test_fraction: float, seed: int) -> tuple[Tensor, Ten
         count = round(test_fraction * len(members))
         if not 0 < count < len(members):
             raise ShapeError(
-                f"test_fraction must leave training and test examples of each class; {test_fraction} "
-                f"holds out {count} of {len(members)} of class {int(label)}"
+                "test_fraction must leave training and test examples of each class; "
+                f"{test_fraction} holds out {count} of {len(members)} of class {int(label)}"
             )
         members = members[torch.randperm(len(members), generator=generator)]
         test.append(members[:count])
@@ -319,16 +320,16 @@ def _read_idx(folder: Path, name: str) -> Task:
     missing = [file for file, path in zip(_FILES, paths, strict=True) if path is None]
     if missing:
         raise DataNotFoundError(
-            f"{folder} lacks {', '.join(missing)}: put the IDX files of the data set there, each as "
-            "it is or with .gz"
+            f"{folder} lacks {', '.join(missing)}: put the IDX files of the data set there, each "
+            "as it is or with .gz"
         )
     found = [path for path in paths if path is not None]
     images, labels = ([_idx_array(p, n) for p in found[k::2]] for k, n in ((0, 3), (1, 1)))
     for k, (x, y) in enumerate(zip(images, labels, strict=True)):
         if len(x) != len(y) or len(x) == 0:
             raise FileFormatError(
-                f"{found[2 * k]} holds {len(x)} images and {found[2 * k + 1]} {len(y)} labels: they "
-                "must be as many, and at least one; the files belong to different data sets"
+                f"{found[2 * k]} holds {len(x)} images and {found[2 * k + 1]} {len(y)} labels: "
+                "wanted as many, and at least one; the files belong to different data sets"
             )
     if images[0].shape[1:] != images[1].shape[1:]:
         raise FileFormatError(
@@ -372,7 +373,7 @@ def _idx_array(path: Path, ndim: int) -> np.ndarray:
     size = start + int(np.prod(shape, dtype=np.int64))
     if len(data) != size:
         raise FileFormatError(
-            f"{path}: wanted {size} bytes for shape {shape}, got {len(data)}; the file is truncated "
-            "or damaged: copy it again"
+            f"{path}: wanted {size} bytes for shape {shape}, got {len(data)}; the file is "
+            "truncated or damaged: copy it again"
         )
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)

@@ -1,0 +1,31 @@
+"""What networks do on data, what lies between them, and how far they are from each other."""
+
+from symflow.evaluate.averaging import Averaged, averaged, weight_average
+from symflow.evaluate.barrier import Barrier, barrier
+from symflow.evaluate.diversity import diversity
+from symflow.evaluate.nearest import Nearest, nearest
+from symflow.evaluate.predict import (
+    LabelledData,
+    Split,
+    accuracy,
+    fit_temperature,
+    loss,
+    probabilities,
+)
+
+__all__ = [
+    "Averaged",
+    "Barrier",
+    "LabelledData",
+    "Nearest",
+    "Split",
+    "accuracy",
+    "averaged",
+    "barrier",
+    "diversity",
+    "fit_temperature",
+    "loss",
+    "nearest",
+    "probabilities",
+    "weight_average",
+]
