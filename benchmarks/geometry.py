@@ -1,6 +1,5 @@
 """How long the geometry takes: group action, alignment, geodesics, import. Writes geometry.json."""
 
-import statistics
 import subprocess
 import sys
 import time
@@ -25,14 +24,14 @@ def act() -> dict[str, Any]:
         copies += record.timed(w.clone, 1, warm_up=0)
         moves += record.timed(lambda: arch.symmetry.act(g, w), 1, warm_up=0)
     ratios = [b / a for a, b in zip(copies, moves, strict=True)]
-    return {
-        "what": f"act on 1,000 networks of {arch.dimension} parameters, against copying them",
-        "copy_seconds": record.spread(copies),
-        "act_seconds": record.spread(moves),
-        "ratio": record.spread(ratios),
-        "wanted": "ratio at most 2",
-        "met": statistics.median(ratios) <= 2,
-    }
+    return record.judged(
+        f"act on 1,000 networks of {arch.dimension} parameters, against copying them",
+        "ratio",
+        ratios,
+        at_most=2,
+        copy_seconds=record.spread(copies),
+        act_seconds=record.spread(moves),
+    )
 
 
 def align() -> dict[str, Any]:
@@ -42,12 +41,12 @@ def align() -> dict[str, Any]:
     w = symflow.flows.FanIn().sample(arch, 101, generator=generator)
     q = symflow.Quotient(arch)
     seconds = record.timed(lambda: q.align(w[0], w[1:]), 9)
-    return {
-        "what": "align 100 networks 30-16-16-2 to a reference (project, two starts, float32)",
-        "seconds": record.spread(seconds),
-        "wanted": "under 0.2 s",
-        "met": statistics.median(seconds) < 0.2,
-    }
+    return record.judged(
+        "align 100 networks 30-16-16-2 to a reference (project, two starts, float32)",
+        "seconds",
+        seconds,
+        at_most=0.2,
+    )
 
 
 def geodesic() -> list[dict[str, Any]]:
@@ -60,14 +59,8 @@ def geodesic() -> list[dict[str, Any]]:
     for section in ("balanced", "sphere"):
         path = symflow.Quotient(arch, section).geodesic(w[:100], w[100:])
         seconds = record.timed(lambda path=path: path(t), 15)
-        rows.append(
-            {
-                "what": f"64 points of each of 100 geodesics 30-16-16-2, {section} section",
-                "seconds": record.spread(seconds),
-                "wanted": "under 0.1 s",
-                "met": statistics.median(seconds) < 0.1,
-            }
-        )
+        what = f"64 points of each of 100 geodesics 30-16-16-2, {section} section"
+        rows.append(record.judged(what, "seconds", seconds, at_most=0.1))
     return rows
 
 
@@ -78,13 +71,13 @@ def imports() -> dict[str, Any]:
         base, full = (_import_seconds(f"import {name}") for name in ("torch", "symflow"))
         alone.append(base)
         extra.append(full - base)
-    return {
-        "what": "import symflow, beyond import torch",
-        "torch_seconds": record.spread(alone),
-        "extra_seconds": record.spread(extra),
-        "wanted": "at most 0.3 s",
-        "met": statistics.median(extra) <= 0.3,
-    }
+    return record.judged(
+        "import symflow, beyond import torch",
+        "extra_seconds",
+        extra,
+        at_most=0.3,
+        torch_seconds=record.spread(alone),
+    )
 
 
 def _import_seconds(statement: str) -> float:
@@ -97,8 +90,7 @@ def run() -> None:
     """Measure and store everything."""
     rows = [act(), align(), *geodesic(), imports()]
     print(record.record("geometry", rows, SEED))
-    for row in rows:
-        print("met " if row["met"] else "MISSED", row["what"], row)
+    print(record.table({"rows": rows}))
 
 
 if __name__ == "__main__":

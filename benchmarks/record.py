@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+MEASURED = ("symflow", "benchmarks", "tests/dense_reference.py", ":!benchmarks/results")
 
 
 def machine() -> dict[str, Any]:
@@ -46,14 +47,63 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": middle, "min": low, "max": high, "repeats": len(values)}
 
 
+def judged(
+    what: str,
+    figure: str,
+    values: Sequence[float],
+    *,
+    at_most: float | None = None,
+    at_least: float | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Make a row: what was measured, the figure that counts, and whether its median will do."""
+    middle = spread(values)["median"]
+    bounds = {"at_most": at_most, "at_least": at_least}
+    bounds = {side: bound for side, bound in bounds.items() if bound is not None}
+    wanted = [f"{side.replace('_', ' ')} {bound:g}" for side, bound in bounds.items()]
+    return {
+        "what": what,
+        "figure": figure,
+        figure: spread(values),
+        **bounds,
+        "wanted": f"{figure.replace('_', ' ')} {' and '.join(wanted)}",
+        "met": middle <= bounds.get("at_most", middle) and middle >= bounds.get("at_least", middle),
+        **more,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return one line for each row of a report: met or not, measured, wanted, what."""
+    lines = [
+        f"{'met' if row['met'] else 'MISSED':<7}{row[row['figure']]['median']:>10.4g}  "
+        f"{row['wanted']:<32}{row['what']}"
+        for row in report["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def load(name: str, commit: str | None = None) -> dict[str, Any]:
+    """Read a stored report, as it is here or as it was at a commit."""
+    if commit is None:
+        return json.loads((RESULTS / f"{name}.json").read_text())
+    stored = _git("show", f"{commit}:benchmarks/results/{name}.json")
+    if not stored:
+        raise FileNotFoundError(f"benchmarks/results/{name}.json is not in commit {commit}")
+    return json.loads(stored)
+
+
 def record(name: str, rows: Sequence[dict[str, Any]], seed: int) -> Path:
-    """Write ``results/<name>.json``: rows of one run, all measured in this process."""
+    """Write ``results/<name>.json``.
+
+    ``changed`` tells that the code which was measured is not that of ``commit``: the package, the
+    benchmarks or the dense reference. Results, documents and other tests do not count.
+    """
     target = RESULTS / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "benchmark": name,
         "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=all", "--", *MEASURED)),
         "machine": machine(),
         "seed": seed,
         "rows": list(rows),

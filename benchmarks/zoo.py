@@ -55,19 +55,20 @@ def measure(task: Task, batches: str, plain: list[float]) -> dict[str, Any]:
         )
         plain += seconds
         ratios.append(RUNS * statistics.mean(seconds) / at_once[-1])
-    row = {
-        "what": f"{RUNS} breast-cancer runs of {EPOCHS} epochs at batch {BATCH}, {batches} batches",
-        "one_plain_run_seconds": record.spread(plain[-REPEATS * PLAIN_EACH :]),
-        "all_plain_runs": f"{RUNS} times the mean of the {PLAIN_EACH} timed before each repeat",
-        "all_at_once_seconds": record.spread(at_once),
-        "times_faster": record.spread(ratios),
-        "wanted": "at least 20 times faster",
-        "met": statistics.median(ratios) >= 20,
-    }
-    return row | ({"largest_difference_of_a_weight": worst} if batches == "shared" else {})
+    more = {"largest_difference_of_a_weight": worst} if batches == "shared" else {}
+    return record.judged(
+        f"{RUNS} breast-cancer runs of {EPOCHS} epochs at batch {BATCH}, {batches} batches",
+        "times_faster",
+        ratios,
+        at_least=20,
+        one_plain_run_seconds=record.spread(plain[-REPEATS * PLAIN_EACH :]),
+        all_plain_runs=f"{RUNS} times the mean of the {PLAIN_EACH} timed before each repeat",
+        all_at_once_seconds=record.spread(at_once),
+        **more,
+    )
 
 
-def run() -> dict[str, Any]:
+def run() -> None:
     """Measure and store everything."""
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
@@ -76,9 +77,7 @@ def run() -> dict[str, Any]:
     rows = [measure(task, batches, []) for batches in ("shared", "own")]
     print(record.record("zoo", rows, SEED))
     torch.set_num_threads(before)
-    for row in rows:
-        print("met " if row["met"] else "MISSED", row["what"], row)
-    return {"rows": rows}
+    print(record.table({"rows": rows}))
 
 
 if __name__ == "__main__":

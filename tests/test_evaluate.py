@@ -221,6 +221,29 @@ def test_no_temperature_is_better_than_the_fitted_one():
         assert at(float(found[k].log())) <= best.fun + 1e-12
 
 
+def test_a_temperature_does_not_depend_on_the_company(monkeypatch):
+    """Whoever has arrived stays there: all together need the passes of the slowest."""
+    passes = 0
+    forward = symflow.Architecture.apply
+
+    def count(arch, w, x):
+        nonlocal passes
+        passes += 1
+        return forward(arch, w, x)
+
+    def fit(w: Tensor) -> tuple[Tensor, int]:
+        before = passes
+        return fit_temperature(BINARY, w, ones(0, 0, 1, 0)), passes - before
+
+    monkeypatch.setattr(symflow.Architecture, "apply", count)
+    w = 9 * torch.rand(40, 1, generator=torch.Generator().manual_seed(0)).double()
+    w = torch.cat([w, torch.zeros_like(w)], dim=1)
+    together, needed = fit(w)
+    alone_, passes_alone = zip(*(fit(row) for row in w), strict=True)
+    torch.testing.assert_close(together, torch.stack(alone_))
+    assert min(passes_alone) < max(passes_alone) == needed < 20
+
+
 def test_a_shared_temperature_is_best_for_all_together():
     w, task = weights(ARCH) + weights(ARCH, 2, 3, seed=1) / 5, data(n=60)
     w = w * torch.tensor([[[1.0]], [[3.0]]])
@@ -405,6 +428,18 @@ def test_the_weight_average_of_copies_is_the_network_on_the_section(generator):
     torch.testing.assert_close(loss(ARCH, found, task), loss(ARCH, w, task))
     # The average of the weights as they are is another function.
     assert float((loss(ARCH, nets.mean(0), task) - loss(ARCH, w, task)).abs()) > 0.01
+
+
+def test_a_weight_average_is_on_the_section():
+    q = symflow.Quotient(ARCH)
+    found = weight_average(q, weights(ARCH, 3))
+    torch.testing.assert_close(found, q.project(found))
+    task = data()
+    # And it is the average of points on the section, up to the scales of its units.
+    w0, *others = weights(ARCH, 3)
+    mean = torch.stack([q.project(w0), *(q.align(w0, w).weights for w in others)]).mean(0)
+    torch.testing.assert_close(loss(ARCH, found, task), loss(ARCH, mean, task))
+    assert not torch.allclose(found, mean)
 
 
 # ---------------------------------------------------------------- nearest networks

@@ -11,7 +11,9 @@ from symflow.errors import EquivarianceError, ShapeError, UnsupportedModuleError
 from symflow.nn import GraphField, RelationalTransformer, VectorField
 from symflow.nn.base import permutations
 from symflow.nn.layout import symmetric_layout
-from symflow.testing import architectures, mlps
+from symflow.nn.pairs import EdgeScores, EdgeSums, plain_scores, plain_sums
+from symflow.testing import architectures, concrete_classes, mlps
+from symflow.testing.equivariance import check_equivariant
 from tests.dense_reference import dense_forward
 
 
@@ -94,6 +96,29 @@ def test_fields_are_equivariant_and_see_other_permutations(make):
         assert (field(turned(x), t) - turned(field(x, t))).abs().max() > 1e-3
 
 
+# How each vector field of symflow is made, in its variants. A new one has to be added here.
+MAKERS = {RelationalTransformer: (tokens, layered), GraphField: (graph_field,)}
+
+
+@pytest.mark.parametrize("cls", concrete_classes(VectorField, "symflow.nn"))
+@pytest.mark.parametrize("extra", [0, 1])
+def test_every_vector_field_is_equivariant(cls, extra):
+    assert cls in MAKERS, f"add a maker of {cls.__name__} to MAKERS"
+    arch = symflow.mlp([3, 4, 3, 2])
+    for make in MAKERS[cls]:
+        field = stirred(make(arch, extra=extra))
+        check_equivariant(field, arch, symmetry=field.symmetry, extra=extra)
+
+
+@pytest.mark.slow  # the smallest example is searched for
+def test_a_field_that_tells_units_apart_fails():
+    """The broken twin of the test above: it knows the unit by its number."""
+    arch = symflow.mlp([1, 2, 1])
+    numbered = torch.arange(arch.dimension, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="equivariant"):
+        check_equivariant(lambda x, t: x + numbered * t[:, None], arch)
+
+
 @pytest.mark.parametrize("make", [tokens, layered, graph_field])
 def test_batch_mates_and_time(make):
     arch = symflow.mlp([4, 5, 3, 2])
@@ -142,20 +167,69 @@ def test_blocks_agree_with_the_dense_reference(seed, extra, arch):
         assert torch.allclose(a, b, rtol=1e-7, atol=1e-7), name
 
 
-def test_memory_is_linear_in_the_weights():
-    """Largest tensor kept for the backward pass, per weight, does not grow with the width."""
+def kept(field, x, t, forward=None):
+    """Count the numbers that are kept for the backward pass: in all, and in the largest tensor."""
+    seen = {}
 
-    def largest(width, make):
-        arch = symflow.mlp([4, width, width, 2])
-        sizes = []
-        keep = lambda v: sizes.append(v.numel()) or v  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
-            x, t, _ = points(arch, 0, n=1)
-            make(arch).double()(x, t)
-        return max(sizes) / arch.dimension
+    def pack(v):
+        storage = v.untyped_storage()
+        seen[storage.data_ptr()] = (storage.nbytes() // v.element_size(), v)  # v keeps it alive
+        return v
 
-    for make in (tokens, layered):
-        assert largest(64, make) < 1.5 * largest(16, make)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+        (forward or field)(x, t)
+    own = {p.untyped_storage().data_ptr() for p in field.parameters()}
+    sizes = [size for where, (size, _) in seen.items() if where not in own]
+    return sum(sizes), max(sizes)
+
+
+@pytest.mark.parametrize("make", [tokens, layered, graph_field])
+def test_memory_is_linear_in_the_weights(make):
+    """12 times the weights keep about 12 times the numbers, and not 144 times.
+
+    Attention among units is quadratic in the width, as the weights are.
+    """
+    small, large = (symflow.mlp([4, width, width, 2]) for width in (16, 64))
+    growth = large.dimension / small.dimension
+    totals, largest = zip(
+        *(kept(make(arch).double(), *points(arch, 0, n=1)[:2]) for arch in (small, large)),
+        strict=True,
+    )
+    assert totals[1] < 1.5 * growth * totals[0]
+    assert largest[1] < 1.5 * growth * largest[0]
+
+
+def test_the_dense_reference_keeps_a_state_for_every_pair():
+    """The broken twin: what is measured above shows a network that has N x N states."""
+    totals = []
+    for width in (16, 64):
+        arch = symflow.mlp([width, 4, 4, width])
+        field = layered(arch).double()
+        x, t, _ = points(arch, 0, n=1)
+        dense = kept(field, x, t, lambda *v, field=field: dense_forward(field, *v))
+        totals.append(dense[0] / kept(field, x, t)[0])
+    assert totals[1] > 2 * totals[0]
+
+
+@pytest.mark.parametrize(
+    ("fused", "plain"), [(EdgeScores, plain_scores), (EdgeSums, plain_sums)], ids=["scores", "sums"]
+)
+def test_handwritten_gradients(fused, plain, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator).double().requires_grad_()  # noqa: E731
+    last = {
+        EdgeScores: [(3, 4, 2, 5), (3, 2, 2, 5)],
+        EdgeSums: [(3, 4, 2, 2), (3, 4, 5), (3, 2, 5)],
+    }
+    inputs = [draw(3, 4, 2, 2, 5), draw(5, 5), *(draw(*shape) for shape in last[fused])]
+    for chunk in (1, 2**16):  # one network after another, and all at once
+        monkeypatch.setattr("symflow.nn.pairs._CHUNK", chunk)
+        outputs = [f(*inputs) for f in (fused.apply, plain)]
+        outputs = [(out,) if isinstance(out, torch.Tensor) else out for out in outputs]
+        for a, b in zip(*outputs, strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+        assert torch.autograd.gradcheck(fused.apply, inputs)
+    assert torch.autograd.gradgradcheck(fused.apply, inputs)
 
 
 def test_standardised_weights_have_unit_variance(generator):

@@ -283,6 +283,7 @@ class _Interpreter(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, tracing: Tracing) -> None:
         fx.Interpreter.__init__(self, graph)
+        self.extra_traceback = False  # torch.fx would append its own lines to our errors
         self.tracing = tracing
         self.labels: dict[fx.Node, Any] = {}
         self.result = Value((), ())

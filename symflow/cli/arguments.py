@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, final
 
+from symflow import __version__
 from symflow.arch.mlp import ACTIVATIONS
 from symflow.cli import commands
 
@@ -24,9 +25,7 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Return the parser; what it parses has the function to call as ``run``."""
     top = _Parser("symflow", description="Networks modulo their symmetries.", allow_abbrev=False)
-    # Found by name: import-linter takes an import of the root for one of all that the root names.
-    version = importlib.import_module("symflow").__version__
-    top.add_argument("--version", action="version", version=f"symflow {version}")
+    top.add_argument("--version", action="version", version=f"symflow {__version__}")
     subcommands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(run: Callable[..., None], *files: str) -> argparse.ArgumentParser:

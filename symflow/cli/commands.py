@@ -84,9 +84,7 @@ def demo(args: argparse.Namespace) -> None:
     """Train, align and generate networks, and write a report about them."""
     from symflow.report import demo as run  # brings scikit-learn and matplotlib with it
 
-    progress = sys.stderr.isatty()
-    out = run(args.out, folder=args.folder, seed=args.seed, fast=args.fast, progress=progress)
-    _write(f"wrote {out}")
+    run(args.out, folder=args.folder, seed=args.seed, fast=args.fast)
 
 
 # ---------------------------------------------------------------- in and out

@@ -26,7 +26,14 @@ States = Float[Tensor, "*#batch size"]
 
 @runtime_checkable
 class WeightZoo(Protocol):
-    """Trained networks with their initial weights, as ``symflow.zoo.train`` returns them."""
+    """Trained networks with their initial weights, as ``symflow.zoo.train`` returns them.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> isinstance(SimpleNamespace(initial=torch.zeros(2, 3), final=torch.ones(2, 3)), WeightZoo)
+    True
+    """
 
     @property
     def initial(self) -> Tensor:
@@ -351,6 +358,15 @@ def load(
     ------
     FileFormatError
         If the file is truncated, foreign, or belongs to another architecture.
+
+    Examples
+    --------
+    >>> import symflow, tempfile
+    >>> flow = symflow.flows.balanced(symflow.mlp([2, 3, 2]), width=8, depth=1)
+    >>> file = FilePath(tempfile.mkdtemp()) / "flow.safetensors"
+    >>> flow.save(file)
+    >>> load(file).recipe == flow.recipe
+    True
     """
     from symflow.arch import from_config
 

@@ -31,7 +31,7 @@ def sphere_exp(x: Rows, v: Rows) -> Rows:
     theta = norm(v, keepdim=True)
     arc = theta.cos() * x + sinc(theta) * v
     # Renormalise: rounding must not accumulate over the steps of a solver.
-    return torch.where(no_rows(x), x + v, unit(arc))
+    return torch.where(no_rows(x) | _fades(x, v), x + v, unit(arc))
 
 
 def sphere_log(x: Rows, y: Rows) -> Rows:
@@ -75,6 +75,11 @@ def sphere_transport(x: Rows, y: Rows, v: Rows) -> Rows:
     flat = no_rows(x) | no_rows(y) | no_rows(both)
     share = (v * y).sum(-1, keepdim=True) * 2 / torch.where(flat, torch.ones_like(square), square)
     return torch.where(flat, v, v - share * both)
+
+
+def _fades(x: Rows, v: Rows) -> Tensor:
+    """Mark vectors that lead to the zero row: against ``x`` itself, where a tangent is normal."""
+    return (x * v).sum(-1, keepdim=True) < -0.5
 
 
 def _any_tangent(x: Rows) -> Rows:
@@ -197,7 +202,8 @@ class SphereProduct(WeightManifold):
             theta = norm(u, keepdim=True) / r
             angles = t[..., None, None] * theta
             curved = angles.cos() * p + angles.sin() * (r * unit(u))
-            rows.append(torch.where(no_rows(p), p + t[..., None, None] * u, curved))
+            straight = no_rows(p) | _fades(p / r, u / r)
+            rows.append(torch.where(straight, p + t[..., None, None] * u, curved))
         return self.join(rows, a + t[..., None] * b)
 
     def geodesic_velocity(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
@@ -208,7 +214,8 @@ class SphereProduct(WeightManifold):
             theta = norm(u, keepdim=True) / r
             angles = t[..., None, None] * theta
             turned = angles.cos() * u - angles.sin() * theta * p
-            rows.append(torch.where(no_rows(p), u.expand_as(turned), turned))
+            straight = no_rows(p) | _fades(p / r, u / r)
+            rows.append(torch.where(straight, u.expand_as(turned), turned))
         return self.join(rows, b.expand(torch.broadcast_shapes(a.shape, t[..., None].shape)))
 
     def _split_like(self, x: Tensor, y: Tensor) -> tuple[tuple[list[Tensor], Tensor], ...]:

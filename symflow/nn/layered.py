@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from symflow.nn.layout import Layout, Parts
-from symflow.nn.pairs import EdgeScores, EdgeSums
+from symflow.nn.pairs import EdgeScores, EdgeSums, EdgeUpdate
 
 
 @final
@@ -65,6 +65,7 @@ class RelationalLayer(nn.Module):
         self.to_node = nn.Linear(width, width, bias=False)
         self.mix = nn.Linear(width, width)
         self.edge_norm = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.eps = nn.LayerNorm(width).eps
         self.edge_mlp = Perceptron(width, width, width)
 
     def forward(
@@ -77,14 +78,10 @@ class RelationalLayer(nn.Module):
         targets = torch.cat([ends, begins], dim=2).split(self.sizes, dim=1)
         a, b = self.own.weight, self.reverse.weight
         both = torch.cat([torch.cat([a, b], dim=1), torch.cat([b, a], dim=1)])
-        updated: list[Tensor] = []
-        for k, e in enumerate(edges):
-            z = F.linear(e.flatten(-2), both)
-            z += sources[k][:, :, None]
-            z += targets[k + 1][:, None]
-            updated.append(self._update_edges(e, z.view_as(e)))
+        updated = [self._update(e, both, sources[k], targets[k + 1]) for k, e in enumerate(edges)]
         z = F.linear(loops, a + b) + begins + ends
-        return h, updated, self._update_edges(loops, z)
+        loops = self.edge_norm[0](loops + self.mix(F.gelu(z)))
+        return h, updated, self.edge_norm[1](loops + self.edge_mlp(loops))
 
     def finish(
         self, h: Float[Tensor, "B N d"], edges: list[Tensor], loops: Float[Tensor, "B N d"]
@@ -94,13 +91,9 @@ class RelationalLayer(nn.Module):
         begins = (self.from_node(h) + self.own.bias).split(self.sizes, dim=1)
         ends = self.to_node(h).split(self.sizes, dim=1)
         both = torch.cat([self.own.weight, self.reverse.weight], dim=1)
-        updated: list[Tensor] = []
-        for k, e in enumerate(edges):
-            z = F.linear(e.flatten(-2), both)
-            z += begins[k][:, :, None]
-            z += ends[k + 1][:, None]
-            updated.append(self._update_edges(e[..., 0, :], z))
-        return h, updated
+        return h, [
+            self._update(e, both, begins[k], ends[k + 1])[..., 0, :] for k, e in enumerate(edges)
+        ]
 
     def update_nodes(
         self, h: Float[Tensor, "B N d"], edges: list[Tensor], loops: Float[Tensor, "B N d"]
@@ -109,11 +102,11 @@ class RelationalLayer(nn.Module):
         h = self.node_norm[0](h + self.merge(self._attend(h, edges, loops)))
         return self.node_norm[1](h + self.node_mlp(h))
 
-    def _update_edges(self, e: Tensor, z: Tensor) -> Tensor:
-        shape, e, z = e.shape, e.reshape(-1, self.width), z.reshape(-1, self.width)
-        e = self.edge_norm[0](_added(e, F.gelu(z), self.mix))
-        y = F.gelu(self.edge_mlp.first(e))
-        return self.edge_norm[1](_added(e, y, self.edge_mlp.second)).view(shape)
+    def _update(self, e: Tensor, both: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+        (norm, last), mlp = self.edge_norm, self.edge_mlp
+        maps = [p for m in (self.mix, norm, mlp.first, mlp.second, last) for p in m.parameters()]
+        new = EdgeUpdate.apply(self.eps, e, both, sources, targets, *maps)
+        return torch.as_tensor(new)
 
     def _attend(self, h: Tensor, edges: list[Tensor], loops: Tensor) -> Tensor:
         q, k, v = self.query(h) / self.width**0.5, self.key(h), self.value(h)
@@ -148,15 +141,6 @@ class RelationalLayer(nn.Module):
             heard[j + 1][1] = heard[j + 1][1] + back @ vs[j]
         values, plain, mixed = (torch.cat(parts, dim=1) for parts in zip(*heard, strict=True))
         return values + plain * self.edge_gate.bias + self.edge_value(mixed)
-
-
-def _added(
-    x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], map: nn.Linear
-) -> Float[Tensor, "n d"]:
-    """Return x + map(y), with the sum done by the product."""
-    z = torch.addmm(x, y, map.weight.T)
-    z += map.bias
-    return z
 
 
 @final

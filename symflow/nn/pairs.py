@@ -10,12 +10,14 @@ state 1 the edge seen from its later node j.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import functional as F
 
 _CHUNK = 2**16  # numbers: a handful of such tensors fit into the second cache
 
@@ -117,22 +119,107 @@ class EdgeSums(Function):
         return to_e, to_gate, to_alpha, to_v, to_w
 
 
+@final
+class EdgeUpdate(Function):
+    """New states of edges: two residual maps with a LayerNorm behind each.
+
+    The first map sees z = A (e_ij, e_ji) + s_i + t_j and is a linear one of its GELU; the second
+    is a perceptron. A is (k d, 2 d), s (B, n, k d), t (B, m, k d); k = 1 gives states 0 alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        eps: float,
+        e: Float[Tensor, "B n m 2 d"],
+        both: Float[Tensor, "out twice"],
+        s: Float[Tensor, "B n out"],
+        t: Float[Tensor, "B m out"],
+        *maps: Tensor,
+    ) -> Float[Tensor, "B n m k d"]:
+        """Return the new states; ``maps`` are weights and biases in the order of their use."""
+        mix, mix_0, norm, norm_0, first, first_0, second, second_0, last, last_0 = maps
+        d = e.shape[-1]
+        k = len(both) // d
+        new, z, y, u, w = (e.new_empty(*e.shape[:3], k, d) for _ in range(5))
+        scales = e.new_empty(2, *e.shape[:3], k, 1)
+        for x, p, q, new_, z_, y_, u_, w_, a, b in _chunks(e, s, t, new, z, y, u, w, *scales):
+            torch.matmul(x.flatten(-2), both.T, out=z_.flatten(-2))
+            z_.flatten(-2).add_(p[:, :, None]).add_(q[:, None])
+            torch.add(x[..., :k, :], mix_0, out=y_)
+            _rows(y_).addmm_(_rows(F.gelu(z_)), mix.T)
+            a.copy_(_normalise(y_, eps))
+            state = torch.addcmul(norm_0, y_, norm)
+            torch.addmm(first_0, _rows(state), first.T, out=_rows(u_))
+            torch.add(state, second_0, out=w_)
+            _rows(w_).addmm_(_rows(F.gelu(u_)), second.T)
+            b.copy_(_normalise(w_, eps))
+            torch.addcmul(last_0, w_, last, out=new_)
+        ctx.save_for_backward(e, both, s, t, *maps, z, y, u, w, scales)
+        ctx.eps = eps
+        return new
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Return the gradients, from the inputs of both GELUs and the normalised states."""
+        if torch.is_grad_enabled():
+            return None, *_differentiable(partial(plain_update, ctx.eps), ctx, grads, skip=1)
+        e, both, s, t, *maps, z, y, u, w, scales = ctx.saved_tensors
+        mix, _, norm, norm_0, first, _, second, _, last, _ = maps
+        to_e, to_s, to_t = (torch.empty_like(x) for x in (e, s, t))
+        to_both, to = torch.zeros_like(both), [torch.zeros_like(x) for x in maps]
+        k = len(both) // e.shape[-1]
+        for g, x, z_, y_, u_, w_, a, b, x_, s_, t_ in _chunks(
+            grads[0], e, z, y, u, w, *scales, to_e, to_s, to_t
+        ):
+            g = _through_norm(g, w_, b, last, to[8], to[9])
+            state = torch.addcmul(norm_0, y_, norm)
+            gu = _through_linear(g, F.gelu(u_), second, to[6], to[7])
+            gu = torch.ops.aten.gelu_backward(gu, u_)
+            g = g.add_(_through_linear(gu, state, first, to[4], to[5]))
+            g = _through_norm(g, y_, a, norm, to[2], to[3])
+            gz = _through_linear(g, F.gelu(z_), mix, to[0], to[1])
+            gz = torch.ops.aten.gelu_backward(gz, z_).flatten(-2)
+            to_both.addmm_(_rows(gz).T, _rows(x.flatten(-2)))
+            s_.copy_(gz.sum(2))
+            t_.copy_(gz.sum(1))
+            torch.matmul(gz, both, out=x_.flatten(-2))
+            x_[..., :k, :] += g
+        return None, to_e, to_both, to_s, to_t, *to
+
+
 def plain_scores(e: Tensor, form: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """What :class:`EdgeScores` computes, in one line."""
+    """Compute what :class:`EdgeScores` does, as it is written on paper."""
     return (e * (e @ form + a[:, :, None] + b[:, None])).sum(-1)
 
 
 def plain_sums(e: Tensor, gate: Tensor, alpha: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-    """What :class:`EdgeSums` computes, in a few lines."""
+    """Compute what :class:`EdgeSums` does, as it is written on paper."""
     (y, y_), (x, x_) = ((z * alpha[..., None]).unbind(-2) for z in (e @ gate.T, e))
     return (y * w[:, None]).sum(2), x.sum(2), (y_ * v[:, :, None]).sum(1), x_.sum(1)
 
 
-def _differentiable(plain: Callable[..., Any], ctx: Any, grads: tuple[Any, ...]) -> Any:
+def plain_update(
+    eps: float, e: Tensor, both: Tensor, s: Tensor, t: Tensor, *maps: Tensor
+) -> Tensor:
+    """Compute what :class:`EdgeUpdate` does, as it is written on paper."""
+    mix, mix_0, norm, norm_0, first, first_0, second, second_0, last, last_0 = maps
+    z = e.flatten(-2) @ both.T + s[:, :, None] + t[:, None]
+    z = z.unflatten(-1, (-1, e.shape[-1]))
+    y = e[..., : z.shape[-2], :] + F.linear(F.gelu(z), mix, mix_0)
+    y = F.layer_norm(y, norm.shape, norm, norm_0, eps)
+    y = y + F.linear(F.gelu(F.linear(y, first, first_0)), second, second_0)
+    return F.layer_norm(y, last.shape, last, last_0, eps)
+
+
+def _differentiable(
+    plain: Callable[..., Any], ctx: Any, grads: tuple[Any, ...], *, skip: int = 0
+) -> Any:
     """Gradients by automatic differentiation, for those who differentiate them again."""
-    needed = ctx.needs_input_grad
-    inputs = [x for x, need in zip(ctx.saved_tensors, needed, strict=True) if need]
-    outputs = plain(*ctx.saved_tensors)
+    needed = ctx.needs_input_grad[skip:]
+    tensors = ctx.saved_tensors[: len(needed)]
+    inputs = [x for x, need in zip(tensors, needed, strict=True) if need]
+    outputs = plain(*tensors)
     found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True))
     return tuple(next(found) if need else None for need in needed)
 
@@ -145,3 +232,31 @@ def _chunks(e: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
+
+
+def _normalise(y: Tensor, eps: float) -> Tensor:
+    """Make mean 0 and variance 1 of each state, in place; return what the deviations became."""
+    y -= y.mean(-1, keepdim=True)
+    scale = y.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    y *= scale
+    return scale
+
+
+def _through_norm(
+    g: Tensor, y: Tensor, scale: Tensor, weight: Tensor, to_weight: Tensor, to_bias: Tensor
+) -> Tensor:
+    """Pass a gradient from behind a LayerNorm to before it; y are the normalised states."""
+    to_weight += _rows(g * y).sum(0)
+    to_bias += _rows(g).sum(0)
+    g = g * weight
+    along = (g * y).mean(-1, keepdim=True)
+    return g.sub_(g.mean(-1, keepdim=True)).sub_(y * along).mul_(scale)
+
+
+def _through_linear(
+    g: Tensor, x: Tensor, weight: Tensor, to_weight: Tensor, to_bias: Tensor
+) -> Tensor:
+    """Pass a gradient from behind a linear map of x to before it."""
+    to_weight.addmm_(_rows(g).T, _rows(x))
+    to_bias += _rows(g).sum(0)
+    return g @ weight

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from symflow.files import save_json, write_atomic
 from symflow.report.figures import draw
 from symflow.report.page import page
-from symflow.report.study import StudySettings, mean, median, study
+from symflow.report.study import NETWORKS, StudySettings, mean, median, study
 
 
 def demo(
@@ -48,10 +48,8 @@ def demo(
 
     Examples
     --------
-    >>> import tempfile
-    >>> place = Path(tempfile.mkdtemp())
-    >>> demo(place / "report.html", fast=True, progress=False).stat().st_size > 100_000
-    True
+    >>> demo("report.html", fast=True)                                       # doctest: +SKIP
+    PosixPath('report.html')
     """
     page_file = Path(out)
     settings = StudySettings.small(seed) if fast else StudySettings(seed=seed)
@@ -86,7 +84,7 @@ def summary(results: dict[str, Any]) -> str:
     lines = [f"{'networks':<20}{'accuracy':>10}{'loss':>8}{'nearest':>9}"]
     lines += [
         f"{name:<20}{mean(x['accuracy']):>10.4f}{mean(x['loss']):>8.4f}{median(x['nearest']):>9.3f}"
-        for name, x in results["networks"].items()
+        for name, x in sorted(results["networks"].items(), key=lambda x: NETWORKS.index(x[0]))
     ]
     lines += [
         f"{'met   ' if c['met'] else 'MISSED'}  {c['what']}: {c['got']:.3g} ({c['wanted']})"

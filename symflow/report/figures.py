@@ -6,25 +6,21 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from symflow.report.study import AVERAGE, HELD_OUT, NOISE, PRESETS, TRAINING
+from symflow.report.study import HELD_OUT, NETWORKS, PATHS, PRESETS, TRAINING
 
 # Okabe and Ito (2008): told apart by colour-blind readers too.
-COLOURS = {
-    TRAINING: "#9a9a9a",
-    HELD_OUT: "#222222",
-    "Euclidean": "#e69f00",
-    "Normalized": "#56b4e9",
-    "Geometric": "#009e73",
-    "Balanced": "#cc79a7",
-    NOISE: "#d55e00",
-    AVERAGE: "#0072b2",
-}
-_PATHS = {
-    "as trained": "#d55e00",
-    "aligned": "#56b4e9",
-    "balanced geodesic": "#cc79a7",
-    "sphere geodesic": "#009e73",
-}
+_ORANGE, _SKY, _GREEN, _PINK, _RED, _BLUE = (
+    *("#e69f00", "#56b4e9", "#009e73"),
+    *("#cc79a7", "#d55e00", "#0072b2"),
+)
+COLOURS = dict(
+    zip(
+        NETWORKS,
+        ("#9a9a9a", "#222222", _ORANGE, _SKY, _GREEN, _PINK, _RED, _BLUE),
+        strict=True,
+    )
+)
+_PATH_COLOURS = dict(zip(PATHS, (_RED, _SKY, _PINK, _GREEN), strict=True))
 _DPI = 150
 _BOXES: dict[str, Any] = {
     "orientation": "horizontal",
@@ -77,18 +73,18 @@ def _figure(columns: int, height: float = 3.4, **options: Any) -> tuple[Figure, 
 
 def _barriers(barriers: dict[str, Any]) -> Figure:
     figure, (left, right) = _figure(2)
-    for name, curve in barriers.items():
-        colour = _PATHS[name]
+    for name, colour in _PATH_COLOURS.items():
+        curve = barriers[name]
         left.plot(curve["times"], curve["mean"], color=colour, label=name, linewidth=2)
         left.fill_between(curve["times"], curve["low"], curve["high"], color=colour, alpha=0.15)
     left.set(xlabel="time along the path", ylabel="training loss", yscale="log")
     left.legend(frameon=False, fontsize=8)
     left.set_title("Between two networks (mean, 10 to 90 %)", fontsize=10)
-    values = [barriers[name]["train midpoint"] for name in barriers]
+    values = [barriers[name]["train midpoint"] for name in PATHS]
     boxes = right.boxplot(values, showfliers=False, patch_artist=True, widths=0.6)
-    for box, name in zip(boxes["boxes"], barriers, strict=True):
-        box.set(facecolor=_PATHS[name], alpha=0.6)
-    right.set_xticks(range(1, len(values) + 1), [name.replace(" ", "\n") for name in barriers])
+    for box, colour in zip(boxes["boxes"], _PATH_COLOURS.values(), strict=True):
+        box.set(facecolor=colour, alpha=0.6)
+    right.set_xticks(range(1, len(values) + 1), [name.replace(" ", "\n") for name in PATHS])
     right.tick_params(axis="x", labelsize=8)
     right.set_ylabel("midpoint barrier of the training loss")
     right.set_title(f"{len(values[0])} random pairs", fontsize=10)
@@ -98,7 +94,7 @@ def _barriers(barriers: dict[str, Any]) -> Figure:
 def _samples(networks: dict[str, Any]) -> Figure:
     """Accuracy and loss of every network, one row for each set."""
     figure, (left, right) = _figure(2, height=3.8, sharey=True)
-    names = [*reversed(networks)]
+    names = NETWORKS[::-1]
     for axes, key in ((left, "accuracy"), (right, "loss")):
         values = [networks[name][key] for name in names]
         boxes = axes.boxplot(values, **_BOXES)
@@ -114,9 +110,8 @@ def _samples(networks: dict[str, Any]) -> Figure:
 def _novelty(networks: dict[str, Any]) -> Figure:
     """How good networks are, and how far from the nearest one that the flows were trained on."""
     figure, (axes,) = _figure(1, height=4.2)
-    for name, found in networks.items():
-        if name == TRAINING:
-            continue
+    for name in NETWORKS[1:]:
+        found = networks[name]
         dots = {"s": 16, "alpha": 0.55, "linewidths": 0, "color": COLOURS[name], "label": name}
         axes.scatter(found["nearest"], found["accuracy"], **dots)
     axes.set_xlabel("quotient distance to the nearest training network")

@@ -4,7 +4,7 @@ import base64
 import html
 from typing import Any
 
-from symflow.report.study import HELD_OUT, TRAINING, mean, median, standard_error
+from symflow.report.study import HELD_OUT, NETWORKS, PATHS, TRAINING, mean, median, standard_error
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #5b6470; --line: #dde2e8; --tint: #f5f7f9; }
@@ -125,7 +125,8 @@ def networks_table(networks: dict[str, Any]) -> str:
     """Return the comparison of all sets of networks as an HTML table."""
     reference = median(networks[HELD_OUT]["nearest"])
     rows: list[str] = []
-    for name, found in networks.items():
+    for name in NETWORKS:
+        found = networks[name]
         far = median(found["nearest"])
         cells = [
             _with_error(found["accuracy"], 4),
@@ -156,9 +157,9 @@ def networks_table(networks: dict[str, Any]) -> str:
 
 def _barrier_table(barriers: dict[str, Any]) -> str:
     rows = [
-        f"<tr><td>{name}</td><td>{_with_error(found['train midpoint'], 4)}</td>"
-        f"<td>{_with_error(found['test midpoint'], 4)}</td></tr>"
-        for name, found in barriers.items()
+        f"<tr><td>{name}</td><td>{_with_error(barriers[name]['train midpoint'], 4)}</td>"
+        f"<td>{_with_error(barriers[name]['test midpoint'], 4)}</td></tr>"
+        for name in PATHS
     ]
     heads = ["path", "midpoint barrier, training loss", "midpoint barrier, test loss"]
     return _table(heads, rows)

@@ -31,16 +31,19 @@ class SphereSection(Section):
         outputs by one positive number, whose logarithm ``split`` returns.
     bias
         ``"joint"``: the norm is that of row and bias together (a zero row with a bias is harmless).
-        ``"apart"``: of the row alone, as in the source thesis; the bias is divided by it too.
+        ``"apart"``: of the row alone, as in the source thesis; the bias is divided by it too. Where
+        the row is zero and the bias is not, the bias alone is put to norm one.
 
     Raises
     ------
     LeafError
-        If ``preserves="argmax"`` and the network does not end with a linear map.
+        If ``preserves="argmax"`` and the network does not end with a linear map, or if units feed
+        themselves or earlier ones through shared weights: no pass from input to output makes all
+        rows unit then.
 
     Notes
     -----
-    A unit whose incoming weights are all zero (dead) is put to zero, the limit of its orbit, and
+    A unit whose incoming weights and bias are all zero (dead) is put to zero, the limit of its orbit, and
     counted in a ``DeadNeuronWarning``; it takes no part in spherical interpolation. Idempotent;
     continuous away from zero rows. O(D).
 
@@ -71,6 +74,8 @@ class SphereSection(Section):
             else _without_biases(arch, name)
             for name in scaled_axes(arch)
         }
+        self._incoming = {name: unit_coordinates(arch, name, 1) for name in self._rows}
+        _require_feed_forward(arch, list(self._rows))
         self._last = _output_coordinates(arch) if preserves == "argmax" else None
         rows, radii = list(self._rows.values()), [1.0] * len(self._rows)
         if self._last is not None:
@@ -93,6 +98,9 @@ class SphereSection(Section):
         x = w
         for name, rows in self._rows.items():
             length = norm(x[..., rows.to(w.device)])
+            # A row of zeros may stand beside a bias: a constant unit, whose scale is the bias's.
+            whole = norm(x[..., self._incoming[name].to(w.device)])
+            length = torch.where(length > 0, length, whole)
             alive = length > 0
             scale = 1 / torch.where(alive, length, torch.ones_like(length))
             x = rescale(self.arch, x, {name: scale}, {name: alive})
@@ -123,6 +131,19 @@ class SphereSection(Section):
 def _expand(x: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
     batch = torch.broadcast_shapes(x.shape[:-1], removed.shape[:-1])
     return x.expand(*batch, x.shape[-1]), removed.expand(*batch, removed.shape[-1])
+
+
+def _require_feed_forward(arch: Architecture, axes: list[str]) -> None:
+    """Refuse rows that the scales of later units, or their own, change again."""
+    for leaf in arch.leaves:
+        places = [axes.index(d.axis) for d in leaf.dims if d.axis in axes and d.degree == 1]
+        sources = [axes.index(d.axis) for d in leaf.dims if d.axis in axes and d.degree < 0]
+        if places and sources and max(sources) >= min(places):
+            raise LeafError(
+                f"leaf {leaf.name!r} leads from axis {axes[max(sources)]} to {axes[min(places)]}, "
+                "which comes no later: the sphere section goes from input to output, one layer "
+                "after the other. Use section='balanced'"
+            )
 
 
 def _without_biases(arch: Architecture, axis: str) -> Tensor:

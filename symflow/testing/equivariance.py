@@ -77,15 +77,28 @@ def random_inputs(arch: Architecture, seed: int, *, dtype: torch.dtype = torch.f
     )
 
 
+def same_outputs(arch: Architecture, w: Tensor, outputs: Tensor, inputs: Any, what: str) -> None:
+    """Demand that outputs are those of the network ``w``, up to rounding.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> arch, w = symflow.mlp([2, 1], "relu"), torch.tensor([1.0, -1.0, 3.0])
+    >>> same_outputs(arch, w, torch.tensor([[2.0]]), (torch.tensor([[1.0, 2.0]]),), "outputs")
+    """
+    wanted = arch.apply(w, *inputs)
+    # Sums of large terms may cancel: rounding is relative to the terms.
+    terms = arch.apply(w.abs(), *(x.abs() for x in inputs))
+    size = float(torch.cat([wanted, terms]).abs().max())
+    agree(outputs, wanted, what, factor=_ROUNDING, scale=size)
+
+
 def _function(arch: Architecture, draw: Draws) -> None:
     w = draw("w", weights(arch))
     g = draw("g", elements(arch.symmetry))
     inputs = random_inputs(arch, draw("input seed", seeds()))
-    before, after = arch.apply(w, *inputs), arch.apply(arch.symmetry.act(g, w), *inputs)
-    # Sums of large terms may cancel: rounding is relative to the terms.
-    terms = arch.apply(w.abs(), *(x.abs() for x in inputs))
-    size = float(torch.cat([before, after, terms]).abs().max())
-    agree(after, before, "output after a symmetry", factor=_ROUNDING, scale=size)
+    after = arch.apply(arch.symmetry.act(g, w), *inputs)
+    same_outputs(arch, w, after, inputs, "output after a symmetry")
 
 
 def _identity(arch: Architecture, draw: Draws) -> None:

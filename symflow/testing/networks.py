@@ -93,8 +93,15 @@ def _traced(kind: str, width: int) -> Architecture:
     return Architecture.from_module(module, x)
 
 
-def mlps() -> SearchStrategy[Architecture]:
-    """Fully connected networks: widths 1 to 6, up to three hidden layers, all activations.
+def mlps(*, width: int = MAX_SIZE, layers: int = 4) -> SearchStrategy[Architecture]:
+    """Fully connected networks: all activations, with and without biases and BatchNorm1d.
+
+    Parameters
+    ----------
+    width
+        Greatest size of a layer.
+    layers
+        Greatest number of linear maps.
 
     Examples
     --------
@@ -102,21 +109,28 @@ def mlps() -> SearchStrategy[Architecture]:
     >>> find(mlps(), lambda arch: True).dimension
     1
     """
-    widths = st.lists(st.integers(1, MAX_SIZE), min_size=2, max_size=5).map(tuple)
+    sizes = st.integers(1, width)
+    widths = st.lists(sizes, min_size=2, max_size=layers + 1).map(tuple)
     return st.builds(_mlp, widths, st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans())
 
 
-def architectures() -> SearchStrategy[Architecture]:
+def architectures(*, width: int = MAX_SIZE, layers: int = 4) -> SearchStrategy[Architecture]:
     """MLPs and a few modules: flatten with repeats, PReLU, shared layers, nested blocks.
+
+    Parameters
+    ----------
+    width, layers
+        Greatest sizes, as for :func:`mlps`.
 
     Examples
     --------
     >>> from hypothesis import find
-    >>> find(architectures(), lambda arch: True).dimension
-    1
+    >>> find(architectures(), lambda arch: len(arch.axes) == 1).axes[0].name
+    'h1'
     """
-    modules = st.builds(_traced, st.sampled_from(sorted(_MODULES)), st.integers(1, 4))
-    return mlps() | modules
+    widths = st.integers(1, min(width, 4))
+    modules = st.builds(_traced, st.sampled_from(sorted(_MODULES)), widths)
+    return mlps(width=width, layers=layers) | modules
 
 
 def weights(

@@ -1,0 +1,5 @@
+"""``python -m symflow`` is the command ``symflow``."""
+
+from symflow.cli import main
+
+raise SystemExit(main())

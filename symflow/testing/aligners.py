@@ -1,0 +1,186 @@
+"""Laws of aligners: what a search over the compact group promises, though the problem is hard.
+
+The greatest objective over the group is out of reach in general (it is NP-hard), so no law compares
+with it: an aligner that is never below any element *and* gives the same everywhere on the orbits
+would be exact. What holds is that it ends where no single axis can be improved.
+"""
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from symflow.align import Aligner, Alignment, Status, WeightMatching
+from symflow.arch import Architecture, Symmetry
+from symflow.errors import NotIsometricError
+from symflow.groups import PositiveScale
+from symflow.testing.law import Body, Draws, Law, agree, demand, law
+from symflow.testing.networks import architectures, generic_weights, mlps
+from symflow.testing.strategies import element, elements, pick, register, seeds, values
+
+_RIVALS = 24
+
+
+def aligner_laws(subject: Aligner | type[Aligner]) -> tuple[Law, ...]:
+    """List the laws that an aligner (or, over drawn options, a class of aligners) has to obey.
+
+    Parameters
+    ----------
+    subject
+        An aligner, or a class with a strategy (:func:`symflow.testing.register`).
+
+    Raises
+    ------
+    LookupError
+        If ``subject`` is a class that no strategy draws.
+
+    Examples
+    --------
+    >>> [str(law) for law in aligner_laws(WeightMatching())][:4]
+    ['result', 'ascent', 'planted', 'orbit']
+    """
+    drawn = values(subject) if isinstance(subject, type) else st.just(subject)
+    return tuple(law(name, drawn, body) for name, body in ALIGNER.items())
+
+
+def check_aligner(aligner: Aligner) -> None:
+    """Check that an aligner undoes planted elements, is covariant, and stops at a fixed point.
+
+    Raises
+    ------
+    AssertionError
+        Naming the law that is broken, the aligner, and the smallest example found.
+
+    Examples
+    --------
+    >>> check_aligner(WeightMatching(("sequential",)))
+    """
+    for one in aligner_laws(aligner):
+        one.check()
+
+
+def single_axis_rivals(
+    symmetry: Symmetry, found: dict[str, Any], axis: str, seed: int, like: Tensor
+) -> dict[str, Any]:
+    """Return elements (24,) that differ from ``found`` on one axis alone, the identity among them.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> symmetry, like = symflow.mlp([2, 3, 1], "gelu").symmetry, torch.zeros(1)
+    >>> single_axis_rivals(symmetry, symmetry.identity(like=like), "h1", 0, like)["h1"].shape
+    torch.Size([24, 3])
+    """
+    group = symmetry[axis].group
+    rivals = element(group, seed, batch=(_RIVALS - 1,), dtype=like.dtype)
+    still = element(group, 0, batch=(1,), dtype=like.dtype)
+    return {**found, axis: _joined(still, rivals)}
+
+
+def _joined(g: Any, h: Any) -> Any:
+    if isinstance(g, tuple):
+        return tuple(_joined(a, b) for a, b in zip(g, h, strict=True))
+    return torch.cat([g, h])
+
+
+# ---------------------------------------------------------------- the laws
+
+
+def _problem(draw: Draws, batch: tuple[int, ...] = ()) -> tuple[Architecture, Symmetry, Any, Any]:
+    """Draw an architecture, its compact symmetry, and two networks without ties."""
+    arch = draw("arch", architectures(width=4, layers=3))
+    w0, w1 = (draw(name, generic_weights(arch, batch=batch)) for name in ("w0", "w1"))
+    return arch, arch.symmetry.compact, w0, w1
+
+
+def _value(arch: Architecture, w0: Tensor, w1: Tensor) -> Tensor:
+    """Inner product of the learnable coordinates, leaf by leaf."""
+    parts = [(w0[..., x.span] * w1[..., x.span]).sum(-1) for x in arch.leaves if x.learnable]
+    return torch.stack(parts).sum(0)
+
+
+def _result(aligner: Aligner, draw: Draws) -> None:
+    arch, symmetry, w0, w1 = _problem(draw)
+    kept = w0.clone(), w1.clone()
+    found = aligner(symmetry, w0, w1)
+    agree(found.weights, symmetry.act(found.element, w1), "weights against the element's action")
+    agree(found.objective, _value(arch, w0, found.weights), "objective against the inner product")
+    agree(found.history[-1], found.objective, "end of the history against the objective")
+    demand(torch.equal(w0, kept[0]) and torch.equal(w1, kept[1]), "aligning changes its arguments")
+
+
+def _ascent(aligner: Aligner, draw: Draws) -> None:
+    _, symmetry, w0, w1 = _problem(draw)
+    history = aligner(symmetry, w0, w1).history
+    agree(history.cummax(0).values, history, "greatest objective so far, against the objective")
+
+
+def _planted(aligner: Aligner, draw: Draws) -> None:
+    _, symmetry, w, _ = _problem(draw)
+    g = draw("g", elements(symmetry))
+    agree(aligner(symmetry, w, symmetry.act(g, w)).weights, w, "g w brought back, against w")
+
+
+def _orbit(aligner: Aligner, draw: Draws) -> None:
+    _, symmetry, w0, w1 = _problem(draw)
+    g, h = draw("g", elements(symmetry)), draw("h", elements(symmetry))
+    first = aligner(symmetry, w0, w1)
+    other = aligner(symmetry, symmetry.act(g, w0), symmetry.act(h, w1))
+    agree(other.objective, first.objective, "objective elsewhere on the orbits")
+
+
+def _fixed_point(aligner: Aligner, draw: Draws) -> None:
+    arch, symmetry, w0, w1 = _problem(draw)
+    found, seed = aligner(symmetry, w0, w1), draw("rivals", seeds())
+    if found.status is not Status.CONVERGED:
+        return
+    for axis in symmetry.axes:
+        if any(leaf.axes.count(axis.name) > 1 for leaf in arch.leaves):
+            continue  # the step is a linearisation there
+        rivals = single_axis_rivals(symmetry, found.element, axis.name, seed, w1)
+        best = _value(arch, w0, symmetry.act(rivals, w1)).max()
+        slack = float(w0.norm() * w1.norm())
+        top = torch.maximum(best, found.objective)
+        agree(top, found.objective, f"best of axis {axis.name}, against the objective", scale=slack)
+
+
+def _batch(aligner: Aligner, draw: Draws) -> None:
+    arch, symmetry, w0, w1 = _problem(draw, (2,))
+    grid = aligner(symmetry, w0[:, None], w1)
+    shape = (2, 2, arch.dimension)
+    demand(grid.weights.shape == shape, f"2 x 2 pairs give shape {tuple(grid.weights.shape)}")
+    for i, k in ((0, 0), (0, 1), (1, 0)):
+        one: Alignment = aligner(symmetry, w0[i], w1[k])
+        agree(grid.weights[i, k], one.weights, f"pair {i, k} of a batch")
+        moved = symmetry.act(pick(grid.element, (i, k)), w1[k])
+        agree(moved, one.weights, f"the element of pair {i, k}")
+
+
+def _refusal(aligner: Aligner, draw: Draws) -> None:
+    arch = draw("arch", mlps(width=3, layers=2).filter(_has_scales))
+    w = draw("w", generic_weights(arch))
+    try:
+        aligner(arch.symmetry, w, w)
+    except NotIsometricError:
+        return
+    raise AssertionError("a group with scales is taken without a NotIsometricError")
+
+
+def _has_scales(arch: Architecture) -> bool:
+    return any(PositiveScale(a.size) == getattr(a.group, "inner", None) for a in arch.axes)
+
+
+ALIGNER: dict[str, Body] = {
+    "result": _result,
+    "ascent": _ascent,
+    "planted": _planted,
+    "orbit": _orbit,
+    "fixed point": _fixed_point,
+    "batch": _batch,
+    "refusal": _refusal,
+}
+
+# The start at the identity depends on where on their orbits the networks lie: it breaks "orbit".
+_STARTS = (("sequential",), ("sequential", "random"), ("sequential", "random", "random"))
+register(WeightMatching, st.sampled_from(_STARTS).map(WeightMatching))
