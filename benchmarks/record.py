@@ -76,7 +76,7 @@ def table(report: dict[str, Any]) -> str:
     """Return one line for each row of a report: met or not, measured, wanted, what."""
     lines = [
         f"{'met' if row['met'] else 'MISSED':<7}{row[row['figure']]['median']:>10.4g}  "
-        f"{row['wanted']:<32}{row['what']}"
+        f"{row['wanted']:<44}{row['what']}"
         for row in report["rows"]
     ]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import record
 
-BENCHMARKS = ("geometry", "zoo", "nn")
+BENCHMARKS = ("geometry", "zoo", "nn", "demo")
 
 
 def main() -> int:

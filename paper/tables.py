@@ -11,11 +11,6 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 GENERATED = Path(__file__).parent / "generated"
 
 
-def load(name: str) -> dict[str, Any]:
-    """Read a stored result."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
 def table(heads: list[str], rows: list[list[str]]) -> str:
     """Return a LaTeX table; the first column is text, the others numbers."""
     lines = [rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule"]
@@ -73,7 +68,7 @@ def _plain(text: str) -> str:
 def run() -> None:
     """Write everything that symflow.tex includes."""
     GENERATED.mkdir(exist_ok=True)
-    study = load("demo")["study"]
+    study = json.loads((RESULTS / "demo" / "results.json").read_text())
     parts = {"networks": networks(study), "barriers": barriers(study), "benchmarks": benchmarks()}
     for name, text in parts.items():
         (GENERATED / f"{name}.tex").write_text(text)

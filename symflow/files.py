@@ -117,3 +117,37 @@ def load_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{path} is no complete JSON file ({error})") from error
+
+
+def require_same(place: Any, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with what was begun under other settings.
+
+    Parameters
+    ----------
+    place
+        The file or folder, for the message.
+    stored
+        Settings as JSON gave them back.
+    wanted
+        Settings of this call; tuples count as the lists that JSON makes of them.
+
+    Raises
+    ------
+    FileFormatError
+        If they differ; it names each difference.
+
+    Examples
+    --------
+    >>> require_same("here", {"widths": [3, 2]}, {"widths": (3, 2)})
+    """
+    plain = json.loads(json.dumps(wanted))
+    differing = [
+        f"{name}: there {stored.get(name)!r}, now {plain.get(name)!r}"
+        for name in sorted(stored.keys() | plain.keys())
+        if stored.get(name) != plain.get(name)
+    ]
+    if differing:
+        raise FileFormatError(
+            f"{place} was begun with other settings ({'; '.join(differing)}): give the same "
+            "settings, or another folder"
+        )

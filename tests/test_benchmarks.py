@@ -86,8 +86,9 @@ def test_stored_results_are_whole(path):
         assert {"at_most", "at_least"} & set(row) and row["met"] is good, row["what"]
 
 
-def test_every_benchmark_is_run_and_stored(benchmark_module):
+def test_every_benchmark_is_run(benchmark_module):
     run = benchmark_module("run")
     tools = {"record", "run", "compare", "draw"}
     assert set(run.BENCHMARKS) == {p.stem for p in BENCHMARKS.glob("*.py")} - tools
-    assert set(run.BENCHMARKS) == {path.stem for path in STORED}
+    assert set(run.BENCHMARKS) >= {path.stem for path in STORED}
+    assert STORED

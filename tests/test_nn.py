@@ -1,5 +1,7 @@
 """Vector fields: equivariance, the dense reference, graphs."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,14 @@ from symflow.errors import EquivarianceError, ShapeError, UnsupportedModuleError
 from symflow.nn import GraphField, RelationalTransformer, VectorField
 from symflow.nn.base import permutations
 from symflow.nn.layout import symmetric_layout
-from symflow.nn.pairs import EdgeScores, EdgeSums, plain_scores, plain_sums
+from symflow.nn.pairs import (
+    EdgeScores,
+    EdgeSums,
+    EdgeUpdate,
+    plain_scores,
+    plain_sums,
+    plain_update,
+)
 from symflow.testing import architectures, concrete_classes, mlps
 from symflow.testing.equivariance import check_equivariant
 from tests.dense_reference import dense_forward
@@ -211,25 +220,44 @@ def test_the_dense_reference_keeps_a_state_for_every_pair():
     assert totals[1] > 2 * totals[0]
 
 
-@pytest.mark.parametrize(
-    ("fused", "plain"), [(EdgeScores, plain_scores), (EdgeSums, plain_sums)], ids=["scores", "sums"]
-)
-def test_handwritten_gradients(fused, plain, monkeypatch):
+# Shapes of what the functions of edges (3, 4, 2, 2, 5) take, and how they are written on paper.
+MAPS = [(5, 5), (5,), (5,), (5,), (5, 5), (5,), (5, 5), (5,), (5,), (5,)]
+EDGE_FUNCTIONS = {
+    "scores": (EdgeScores.apply, plain_scores, [(5, 5), (3, 4, 2, 5), (3, 2, 2, 5)]),
+    "sums": (EdgeSums.apply, plain_sums, [(5, 5), (3, 4, 2, 2), (3, 4, 5), (3, 2, 5)]),
+    "both": (
+        partial(EdgeUpdate.apply, 0.01),
+        partial(plain_update, 0.01),
+        [(10, 10), (3, 4, 10), (3, 2, 10), *MAPS],
+    ),
+    "ahead": (
+        partial(EdgeUpdate.apply, 0.01),
+        partial(plain_update, 0.01),
+        [(5, 10), (3, 4, 5), (3, 2, 5), *MAPS],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDGE_FUNCTIONS)
+def test_handwritten_gradients(name, monkeypatch):
+    fused, plain, shapes = EDGE_FUNCTIONS[name]
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator).double().requires_grad_()  # noqa: E731
-    last = {
-        EdgeScores: [(3, 4, 2, 5), (3, 2, 2, 5)],
-        EdgeSums: [(3, 4, 2, 2), (3, 4, 5), (3, 2, 5)],
-    }
-    inputs = [draw(3, 4, 2, 2, 5), draw(5, 5), *(draw(*shape) for shape in last[fused])]
+    inputs = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in [(3, 4, 2, 2, 5), *shapes]
+    ]
     for chunk in (1, 2**16):  # one network after another, and all at once
         monkeypatch.setattr("symflow.nn.pairs._CHUNK", chunk)
-        outputs = [f(*inputs) for f in (fused.apply, plain)]
+        outputs = [f(*inputs) for f in (fused, plain)]
         outputs = [(out,) if isinstance(out, torch.Tensor) else out for out in outputs]
         for a, b in zip(*outputs, strict=True):
             assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
-        assert torch.autograd.gradcheck(fused.apply, inputs)
-    assert torch.autograd.gradgradcheck(fused.apply, inputs)
+        assert torch.autograd.gradcheck(fused, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(fused, inputs, fast_mode=True)
+    weights = [torch.randn(out.shape, generator=generator).double() for out in outputs[0]]
+    grads = [torch.autograd.grad(out, inputs, weights) for out in outputs]
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_standardised_weights_have_unit_variance(generator):

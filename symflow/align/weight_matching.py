@@ -85,7 +85,7 @@ class WeightMatching(Aligner):
             k: map_element(lambda part: part.reshape((*batch, *part.shape[1:])), g)
             for k, g in best.element.items()
         }
-        weights = symmetry.act(element, w1)
+        weights = symmetry.act(element, w1.expand(*batch, w1.shape[-1]))
         value = objective(symmetry, w0, weights)
         return Alignment(
             element=element,

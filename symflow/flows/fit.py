@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from symflow.errors import FileFormatError, ShapeError, StateError, SymflowWarning
-from symflow.files import load_tensors, save_tensors
+from symflow.errors import ShapeError, StateError, SymflowWarning
+from symflow.files import load_tensors, require_same, save_tensors
 from symflow.flows.path import interpolate, velocity_to
 
 if TYPE_CHECKING:
@@ -285,13 +285,9 @@ class Trainer:
 
     def _resume(self, file: Path) -> None:
         tensors, meta = load_tensors(file)
-        mine = {**self.flow.describe(), "settings": asdict(self.settings)}
-        for key, value in mine.items():
-            if meta.get(key) != _plain(value):
-                raise FileFormatError(
-                    f"{file} is the checkpoint of another run: its {key} is {meta.get(key)}, "
-                    f"wanted {value}. Use another folder, or the same settings"
-                )
+        told = {k: meta.get(k) for k in self.flow.describe()}
+        require_same(file, told, self.flow.describe())
+        require_same(file, meta.get("settings", {}), asdict(self.settings))
         self.flow.restore(tensors, meta["history"])
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -301,13 +297,6 @@ class Trainer:
         full = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
         self.step = int(meta["step"])
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as it comes back from JSON (tuples become lists)."""
-    import json
-
-    return json.loads(json.dumps(value))
 
 
 def _leaf_rms(flow: "Flow", change: Tensor) -> Tensor:

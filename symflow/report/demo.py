@@ -86,8 +86,7 @@ def summary(results: dict[str, Any]) -> str:
         f"{name:<20}{mean(x['accuracy']):>10.4f}{mean(x['loss']):>8.4f}{median(x['nearest']):>9.3f}"
         for name, x in sorted(results["networks"].items(), key=lambda x: NETWORKS.index(x[0]))
     ]
-    lines += [
-        f"{'met   ' if c['met'] else 'MISSED'}  {c['what']}: {c['got']:.3g} ({c['wanted']})"
-        for c in results["checks"]
-    ]
+    for c in results["checks"]:
+        limit = f"{c['side']} {c['limit']:.3g}"
+        lines.append(f"{'met   ' if c['met'] else 'MISSED'}  {c['what']}: {c['got']:.3g} ({limit})")
     return "\n".join(lines)

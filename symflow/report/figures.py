@@ -41,6 +41,12 @@ def draw(results: dict[str, Any]) -> dict[str, bytes]:
     ----------
     results
         What :func:`symflow.report.study` returned.
+
+    Examples
+    --------
+    >>> from symflow.report import StudySettings, study
+    >>> sorted(draw(study(StudySettings.small())))                           # doctest: +SKIP
+    ['barriers', 'novelty', 'plane', 'samples', 'steps', 'training']
     """
     networks = results["networks"]
     pictures = {
@@ -62,7 +68,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _figure(columns: int, height: float = 3.4, **options: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.2 * columns if columns > 1 else 6.4, height), layout="constrained")
+    figure = Figure(figsize=(9.6 if columns > 1 else 6.4, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False, **options)[0]
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
@@ -102,37 +108,36 @@ def _samples(networks: dict[str, Any]) -> Figure:
             box.set(facecolor=COLOURS[name], alpha=0.6)
         axes.set_yticks(range(1, len(names) + 1), names)
         axes.set_xlabel(f"test {key}")
-    right.set_xscale("log")
     left.set_title("Box: quartiles; whiskers: 5 to 95 %; diamond: mean", fontsize=9)
     return figure
 
 
 def _novelty(networks: dict[str, Any]) -> Figure:
-    """How good networks are, and how far from the nearest one that the flows were trained on."""
+    """Draw how good networks are, and how far from the nearest one that flows were trained on."""
     figure, (axes,) = _figure(1, height=4.2)
     for name in NETWORKS[1:]:
         found = networks[name]
         dots = {"s": 16, "alpha": 0.55, "linewidths": 0, "color": COLOURS[name], "label": name}
-        axes.scatter(found["nearest"], found["accuracy"], **dots)
+        axes.scatter(found["nearest"], found["loss"], **dots)
     axes.set_xlabel("quotient distance to the nearest training network")
-    axes.set_ylabel("test accuracy")
+    axes.set_ylabel("test loss")
     axes.legend(frameon=False, fontsize=8, ncols=2)
-    axes.set_title("Copies would be at the left", fontsize=10)
+    axes.set_title("Copies would be at the left, good networks at the bottom", fontsize=10)
     return figure
 
 
 def _plane(networks: dict[str, Any]) -> Figure:
     """Aligned networks in the plane in which the training networks differ most."""
-    figure, panels = _figure(4, height=4.0, sharex=True, sharey=True)
+    figure, panels = _figure(4, height=2.9, sharex=True, sharey=True)
     for axes, name in zip(panels, PRESETS, strict=True):
-        for other, size in ((TRAINING, 10), (HELD_OUT, 10), (name, 14)):
+        for other, size in ((TRAINING, 7), (HELD_OUT, 7), (name, 11)):
             points = networks[other]["plane"]
             x, y = ([p[k] for p in points] for k in (0, 1))
-            axes.scatter(x, y, s=size, color=COLOURS[other], alpha=0.7, linewidths=0, label=other)
+            axes.scatter(x, y, s=size, color=COLOURS[other], alpha=0.7, linewidths=0)
         axes.set_title(name, fontsize=10)
-        axes.set_xlabel("first principal component", fontsize=8)
-        axes.legend(frameon=False, fontsize=7)
-    panels[0].set_ylabel("second principal component", fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.supxlabel("first principal component", fontsize=8)
+    figure.supylabel("second principal component", fontsize=8)
     return figure
 
 

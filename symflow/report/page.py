@@ -10,15 +10,15 @@ _STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #5b6470; --line: #dde2e8; --tint: #f5f7f9; }
 * { box-sizing: border-box; }
 body { margin: 0; font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: #fff; }
-main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 70rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 2rem; margin: 0 0 .25rem; letter-spacing: -.02em; }
 h2 { margin: 2.75rem 0 .5rem; padding-top: 1.25rem; border-top: 1px solid var(--line); }
 p, li { max-width: 46rem; } .soft { color: var(--soft); }
 figure { margin: 1.25rem 0; } img { max-width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .9rem; max-width: 46rem; margin-top: .4rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; margin: 1rem 0; }
-th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
+table { border-collapse: collapse; width: 100%; font-size: .84rem; margin: 1rem 0; }
+th, td { padding: .4rem .5rem; text-align: right; border-bottom: 1px solid var(--line);
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { background: var(--tint); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
@@ -31,10 +31,11 @@ pre { background: var(--tint); padding: 1rem; overflow-x: auto; font-size: .82re
 _CAPTIONS = {
     "barriers": "Loss along paths between two trained networks: on the straight line as they came "
     "out of training, with the neurons of the second matched to those of the first, and along "
-    "geodesics of the quotient. What is left of the hill is no matter of symmetry.",
+    "geodesics of the quotient.",
     "samples": "Every set of networks: trained ones, flows, baselines.",
     "novelty": "Distance to the nearest network that the flows were trained on: copies would be at "
-    "the left. The noise of the baseline has the size that parts independent networks.",
+    "the left, good networks at the bottom. The noise of the baseline has the size that parts "
+    "independent networks.",
     "plane": "All networks, aligned to one training network, in the plane in which the training "
     "networks differ most. Grey: training; black: held out.",
     "steps": "How many Euler steps a sample needs.",
@@ -114,7 +115,7 @@ def checks_table(checks: list[dict[str, Any]]) -> str:
     """Return what the study had to show, and whether it did, as an HTML table."""
     rows = [
         f"<tr><td class='text'>{html.escape(c['what'])}</td><td>{c['got']:.3g}</td>"
-        f"<td>{html.escape(c['wanted'])}</td>"
+        f"<td>{c['side']} {c['limit']:.3g}</td>"
         f"<td class='{'met' if c['met'] else 'missed'}'>{'met' if c['met'] else 'missed'}</td></tr>"
         for c in checks
     ]

@@ -398,7 +398,8 @@ def _checks(barriers: dict[str, Any], networks: dict[str, Any]) -> list[dict[str
         {
             "what": what,
             "got": got,
-            "wanted": f"{side} {limit:.3g}",
+            "side": side,
+            "limit": limit,
             "met": bool(got <= limit if side == "at most" else got >= limit),
         }
         for what, got, side, limit in rows

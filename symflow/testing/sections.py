@@ -213,8 +213,9 @@ def _feed_forward(arch: Architecture) -> bool:
     return all(len(set(leaf.axes)) == len(leaf.axes) for leaf in arch.leaves)
 
 
-_SMALL = architectures(width=3, layers=3)
+# Tied maps from an axis to itself have no sphere section, and balance very slowly.
+_SMALL = architectures(width=3, layers=3).filter(_feed_forward)
 
 register(BalancedSection, _SMALL.map(BalancedSection))
 register(FlatSection, _SMALL.filter(lambda arch: not scaled_axes(arch)).map(FlatSection))
-register(SphereSection, _SMALL.filter(_feed_forward).flatmap(_spheres))
+register(SphereSection, _SMALL.flatmap(_spheres))

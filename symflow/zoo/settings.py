@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from symflow.errors import FileFormatError, ShapeError
+from symflow.errors import ShapeError
 from symflow.flows.source import Source
 
 
@@ -127,27 +127,6 @@ class Settings:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         text = {"init": repr(self.init), "device": self.device.type}
         return plain | text | {"dtype": str(self.dtype).removeprefix("torch.")}
-
-
-def require_same(place: Any, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to go on with what was begun under other settings.
-
-    Raises
-    ------
-    FileFormatError
-        If they differ; it names each difference.
-    """
-    names = sorted(stored.keys() | wanted.keys())
-    differing = [
-        f"{name}: there {stored.get(name)!r}, now {wanted.get(name)!r}"
-        for name in names
-        if stored.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise FileFormatError(
-            f"{place} holds a zoo with other settings ({'; '.join(differing)}): give the same "
-            "settings, or another folder"
-        )
 
 
 def stream(seed: int, purpose: str, index: int) -> int:

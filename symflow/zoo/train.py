@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from symflow.arch import Architecture
 from symflow.errors import ShapeError
+from symflow.files import require_same
 from symflow.flows.source import Gaussian, Source
 from symflow.zoo import checkpoint
-from symflow.zoo.settings import Settings, batch_order, require_same, stream
+from symflow.zoo.settings import Settings, batch_order, stream
 from symflow.zoo.stacked import Stacked
 from symflow.zoo.store import META, WEIGHTS, Zoo, versions
 from symflow.zoo.tasks import Task

@@ -1,0 +1,243 @@
+"""Laws of the quotient: distances and geodesics of orbits.
+
+The distance is what a heuristic finds, an upper bound of the true one, so the laws say what is left
+of a metric: it is zero on orbits and the same wherever on its orbits it is measured; no path that
+changes the alignment of a single axis is shorter; and the bounds enclose every path tried. It is
+symmetric where each step of the aligner is the inverse of the step the other way round. On spheres
+with more than one moving part it is not: polishing the arcs linearises them at one of the two ends,
+and both directions are upper bounds of the same number.
+"""
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+from symflow.align import Status
+from symflow.manifolds import SphereProduct
+from symflow.quotient import Geodesic, Quotient
+from symflow.testing.aligners import single_axis_rivals
+from symflow.testing.law import Body, Draws, Law, agree, demand, law
+from symflow.testing.networks import generic_weights, weights
+from symflow.testing.sections import SECTION, degenerate
+from symflow.testing.strategies import elements, seeds
+
+_ROUNDING = 100.0
+_PIECES = 32
+
+
+def quotient_laws(subject: Quotient | SearchStrategy[Quotient]) -> tuple[Law, ...]:
+    """List the laws that the quotient of a weight space has to obey, its section's included.
+
+    Parameters
+    ----------
+    subject
+        A quotient, or a strategy for quotients.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> [str(law) for law in quotient_laws(symflow.Quotient(symflow.mlp([2, 3, 1])))][:4]
+    ['zero', 'invariant', 'symmetric', 'shortest']
+    """
+    drawn = st.just(subject) if isinstance(subject, Quotient) else subject
+    own = [law(name, drawn, body, told=told) for name, body in QUOTIENT.items()]
+    sections = [
+        law(f"section: {name}", drawn, _of_section(body), told=told)
+        for name, body in SECTION.items()
+    ]
+    return (*own, *sections)
+
+
+def check_quotient(q: Quotient) -> None:
+    """Check the distance, the geodesics and the section of a quotient.
+
+    Raises
+    ------
+    AssertionError
+        Naming the law that is broken, section and architecture, and the smallest example found.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> check_quotient(symflow.Quotient(symflow.mlp([2, 2, 1], "tanh")))
+    """
+    for one in quotient_laws(q):
+        one.check()
+
+
+def told(q: Quotient) -> str:
+    """Name a quotient: its section, its aligner and its architecture.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> told(symflow.Quotient(symflow.mlp([2, 1])))
+    'FlatSection, WeightMatching, Architecture(Sequential: 2 leaves, D = 3, axes )'
+    """
+    return f"{type(q.section).__name__}, {type(q.aligner).__name__}, {q.arch}"
+
+
+def _of_section(body: Body) -> Body:
+    def about(q: Quotient, draw: Draws) -> None:
+        body(q.section, draw)
+
+    return about
+
+
+# ---------------------------------------------------------------- distances
+
+
+def _ends(q: Quotient, draw: Draws) -> tuple[Tensor, Tensor]:
+    """Draw two networks without ties: among equal units no aligner can tell which is which."""
+    w0, w1 = (draw(name, generic_weights(q.arch)) for name in ("w0", "w1"))
+    return w0, w1
+
+
+def _size(q: Quotient, *ws: Tensor) -> float:
+    return sum(float(q.project(w).norm()) for w in ws)
+
+
+def _zero(q: Quotient, draw: Draws) -> None:
+    w, _ = _ends(q, draw)
+    g = draw("g", elements(q.arch.symmetry))
+    d = q.distance(w, q.arch.symmetry.act(g, w))
+    agree(d, torch.zeros_like(d), "distance from w to g w", factor=_ROUNDING, scale=_size(q, w))
+
+
+def _invariant(q: Quotient, draw: Draws) -> None:
+    w0, w1 = _ends(q, draw)
+    symmetry = q.arch.symmetry
+    g, h = draw("g", elements(symmetry)), draw("h", elements(symmetry))
+    moved = q.distance(symmetry.act(g, w0), symmetry.act(h, w1))
+    agree(moved, q.distance(w0, w1), "distance elsewhere on the orbits", factor=_ROUNDING)
+
+
+def _symmetric(q: Quotient, draw: Draws) -> None:
+    w0, w1 = _ends(q, draw)
+    there, back = q.distance(torch.stack([w0, w1]), torch.stack([w1, w0]))
+    agree(back, there, "distance back against distance there", factor=_ROUNDING)
+
+
+def _is_linearised(q: Quotient) -> bool:
+    """Whether arcs of one family of rows depend on several axes, and are aligned to first order."""
+    space = q.manifold
+    return isinstance(space, SphereProduct) and len(space.shapes) + len(q.symmetry.axes) > 2
+
+
+def _shortest(q: Quotient, draw: Draws) -> None:
+    w0, w1 = _ends(q, draw)
+    found, x0, x1 = q.align(w0, w1), q.project(w0), q.project(w1)
+    seed, distance = draw("rivals", seeds()), q.distance(w0, w1)
+    for axis in q.symmetry.axes:
+        if found.status is not Status.CONVERGED or _loops(q, axis.name):
+            continue
+        rivals = single_axis_rivals(q.symmetry, found.element, axis.name, seed, x1)
+        others = q.manifold.dist(x0, q.symmetry.act(rivals, x1)).min()
+        # Squares: near zero a root would turn rounding into a difference.
+        least = torch.minimum(others, distance).square()
+        what = f"squared length of the best of 24 paths that differ on axis {axis.name}"
+        agree(least, distance.square(), what, scale=_size(q, w0, w1) ** 2)
+
+
+def _loops(q: Quotient, axis: str) -> bool:
+    return any(leaf.axes.count(axis) > 1 for leaf in q.arch.leaves)
+
+
+def _bracket(q: Quotient, draw: Draws) -> None:
+    w0, w1 = _ends(q, draw)
+    lower, upper = q.distance_bounds(w0, w1)
+    demand(0 <= float(lower) <= float(upper), f"lower bound {lower:.6g}, upper bound {upper:.6g}")
+    agree(upper, q.distance(w0, w1), "upper bound against the distance")
+    others = q.symmetry.act(draw("k", elements(q.symmetry, batch=(24,))), q.project(w1))
+    lengths = q.manifold.dist(q.project(w0), others).expand(24)
+    least = torch.minimum(lengths.min(), lower).square()
+    what = "squared length of the best of 24 paths, against the lower bound"
+    agree(least, lower.square(), what, scale=_size(q, w0, w1) ** 2)
+
+
+def _batch(q: Quotient, draw: Draws) -> None:
+    w0, w1 = (draw(name, generic_weights(q.arch, batch=(2,))) for name in ("w0", "w1"))
+    grid, path = q.distance(w0[:, None], w1), q.geodesic(w0[:, None], w1)
+    demand(grid.shape == (2, 2), f"2 x 2 pairs have distances of shape {tuple(grid.shape)}")
+    half = path(0.5)
+    for i, k in ((0, 0), (0, 1), (1, 0)):
+        agree(grid[i, k], q.distance(w0[i], w1[k]), f"distance {i, k} of a batch")
+        agree(half[i, k], q.geodesic(w0[i], w1[k])(0.5), f"middle of geodesic {i, k} of a batch")
+
+
+# ---------------------------------------------------------------- geodesics
+
+
+def _path(q: Quotient, draw: Draws) -> tuple[Geodesic, Tensor, Tensor]:
+    """Draw two networks, degenerate ones too, and return the geodesic between them."""
+    w0, w1 = (draw(name, weights(q.arch)) for name in ("w0", "w1"))
+    with degenerate():
+        return q.geodesic(w0, w1), w0, w1
+
+
+def _times(n: int) -> Tensor:
+    return torch.linspace(0, 1, n, dtype=torch.float64)
+
+
+def _geodesic_ends(q: Quotient, draw: Draws) -> None:
+    path, w0, w1 = _path(q, draw)
+    with degenerate():
+        start, target = q.project(w0), q.project(w1)
+        distance = q.distance(w0, w1)
+    agree(path(0), start, "path(0) against the projection of w0")
+    end = q.symmetry.act(path.alignment.element, target)
+    agree(path(1), end, "path(1) against k w1", factor=_ROUNDING)
+    agree(path.end, end, "path.end against k w1")
+    agree(path.length, distance, "length against the distance")
+
+
+def _speed(q: Quotient, draw: Draws) -> None:
+    path, _, _ = _path(q, draw)
+    t = _times(5)
+    speeds = q.manifold.norm(path(t), path.velocity(t))
+    agree(speeds, path.length.expand(5), "speed against the length", factor=_ROUNDING)
+
+
+def _velocity(q: Quotient, draw: Draws) -> None:
+    path, _, _ = _path(q, draw)
+    t = torch.tensor(draw("t", st.sampled_from((0.0, 0.25, 1.0))), dtype=torch.float64)
+    slope = torch.func.jvp(path, (t,), (torch.ones_like(t),))[1]
+    agree(path.velocity(t), slope, "velocity against the derivative of the path", factor=_ROUNDING)
+
+
+def _curve(q: Quotient, draw: Draws) -> None:
+    path, _, _ = _path(q, draw)
+    steps = path(_times(_PIECES + 1)).diff(dim=0)[:, : q.arch.num_parameters]
+    polygon = steps.norm(dim=-1).sum()
+    # An arc of angle a is longer than its chord by a factor of at most 1 + a^2 / 24 + O(a^4); no
+    # row turns by more than pi.
+    room = 1 + (torch.pi / _PIECES) ** 2 / 20
+    length = path.length
+    agree(torch.maximum(length, polygon), length, "chords along the path against its length")
+    longest = torch.minimum(length, room * polygon)
+    agree(longest, length, "length against the chords along the path", factor=_ROUNDING)
+
+
+def _exp(q: Quotient, draw: Draws) -> None:
+    path, w0, w1 = _path(q, draw)
+    with degenerate():
+        reached = q.exp(w0, q.log(w0, w1))
+    agree(reached, path.end, "exp of log, against the end of the path", factor=_ROUNDING)
+    on, reason = q.manifold.check_point_on_manifold(path.end, explain=True)
+    demand(on, f"the end is not on the manifold: {reason}")
+
+
+QUOTIENT: dict[str, Body] = {
+    "zero": _zero,
+    "invariant": _invariant,
+    "symmetric": _symmetric,
+    "shortest": _shortest,
+    "bracket": _bracket,
+    "batch": _batch,
+    "geodesic ends": _geodesic_ends,
+    "speed": _speed,
+    "velocity": _velocity,
+    "curve": _curve,
+    "exp after log": _exp,
+}
