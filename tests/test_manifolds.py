@@ -172,3 +172,25 @@ def test_geoopts_optimiser_runs_on_the_sphere_section():
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert space.check_point_on_manifold(w.detach(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [torch.tensor([[2, 3, 9], [4, 5, 10]])],  # a linear map with its bias: blocks
+        [torch.tensor([[2, 4], [3, 5]])],  # columns of a map: no blocks
+        [torch.tensor([[0], [1], [2]]), torch.tensor([[5, 6, 7]])],
+        [torch.tensor([[3, 2], [5, 4]])],  # backwards
+        [],
+    ],
+    ids=["blocks", "columns", "two families", "backwards", "none"],
+)
+def test_rows_are_cut_out_and_put_back(rows):
+    space = SphereProduct(12, rows)
+    x = torch.arange(24.0).reshape(2, 12)
+    families, rest = space.split(x)
+    taken = [c for index in rows for c in index.flatten().tolist()]
+    assert torch.equal(rest, x[:, [c for c in range(12) if c not in taken]])
+    for index, family in zip(rows, families, strict=True):
+        assert torch.equal(family, x[:, index])
+    assert torch.equal(space.join(families, rest), x)
