@@ -5,18 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import record
-import torch
 
 from symflow.files import save_json, write_atomic
 from symflow.report import StudySettings, draw, study
 
 SEEDS = (0, 1, 2)
-THREADS = 2
 
 
 def run() -> dict[str, Any]:
     """Measure and store everything; the pictures are those of the first seed."""
-    torch.set_num_threads(THREADS)
     found = []
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,3 +1,5 @@
+"""Every group of symflow, found by walking subclasses, obeys the laws of its contract."""
+
 import pytest
 
 from symflow.groups import Group

@@ -12,13 +12,29 @@ from symflow.errors import (
     NotIsometricError,
     ShapeError,
 )
-from symflow.sections import BalancedSection, FlatSection, SphereSection, unit_coordinates
+from symflow.sections import (
+    BalancedSection,
+    FlatSection,
+    Section,
+    SphereSection,
+    unit_coordinates,
+)
+from symflow.testing import concrete_classes, section_laws
+
+# Every section of symflow, found by walking subclasses; one without a strategy fails here.
+CLASSES = concrete_classes(Section, "symflow.sections")
+LAWS = [pytest.param(x, id=f"{cls.__name__}-{x}") for cls in CLASSES for x in section_laws(cls)]
 
 SECTIONS = {
     "balanced": BalancedSection,
     "sphere": SphereSection,
     "apart": lambda arch: SphereSection(arch, bias="apart"),
 }
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_law(law):
+    law.check()
 
 
 def scales_only(arch, generator, like, batch=()):
@@ -174,6 +190,42 @@ def test_a_zero_row_with_a_bias_is_harmless_jointly():
     order = torch.cat([torch.arange(arch.dimension)[leaf.span] for leaf in arch.leaves])
     assert torch.equal(order, torch.arange(5))
     assert torch.allclose(SphereSection(arch).project(w), wanted)
+
+
+def test_a_zero_row_with_a_bias_keeps_its_function_apart():
+    """The unit is the constant relu(2) = 2: its bias goes to norm one, its outgoing weight to 6."""
+    section = SphereSection(symflow.mlp([1, 1, 1]), bias="apart")
+    w = torch.tensor([0.0, 2.0, 3.0, 1.0], dtype=torch.float64)  # row, bias, out, bias
+    wanted = torch.tensor([0.0, 1.0, 6.0, 1.0], dtype=torch.float64)
+    assert torch.equal(section.project(w), wanted)
+    assert section.manifold.check_point_on_manifold(wanted)
+
+
+def tied():
+    again = nn.Linear(3, 3)
+    net = nn.Sequential(
+        *(nn.Linear(2, 3), nn.ReLU(), again, nn.ReLU(), again, nn.ReLU(), nn.Linear(3, 2))
+    )
+    return symflow.Architecture.from_module(net, torch.zeros(1, 2))
+
+
+def test_an_axis_that_leads_to_itself_balances_but_has_no_sphere_section(generator):
+    arch = tied()
+    section, w = BalancedSection(arch), networks(arch, generator)
+    x, point = torch.randn(7, 2, generator=generator, dtype=torch.float64), section.project(w)
+    assert torch.allclose(arch.apply(point, x), arch.apply(w, x))
+    assert torch.allclose(section.project(point), point)
+    moved = arch.symmetry.act(scales_only(arch, generator, w, (5,)), w)
+    assert torch.allclose(section.project(moved), point)
+    with pytest.raises(LeafError, match=r"'2.weight' leads from axis h1 to h1.*'balanced'"):
+        SphereSection(arch)
+
+
+def test_without_scales_every_point_is_balanced(generator):
+    arch = symflow.mlp([2, 3, 2], "tanh")
+    section, w = BalancedSection(arch), networks(arch, generator)
+    assert torch.equal(section.project(w), w)
+    assert section.manifold.check_point_on_manifold(w)
 
 
 @pytest.mark.parametrize("kind", SECTIONS)

@@ -159,7 +159,9 @@ def agree(
     --------
     >>> agree(torch.ones(2), torch.ones(2), "ones")
     """
-    demand(got.shape == wanted.shape, f"{what}: shape {size_of(got)}, wanted {size_of(wanted)}")
+    # No demand() here: called this often, its messages would cost more than what is compared.
+    if got.shape != wanted.shape:
+        raise AssertionError(f"{what}: shape {size_of(got)}, wanted {size_of(wanted)}")
     if not got.numel():
         return
     coarse = min((got.dtype, wanted.dtype), key=lambda dtype: torch.finfo(dtype).bits)
@@ -167,7 +169,8 @@ def agree(
     size = max(scale, float(got.abs().max()), float(wanted.abs().max()))
     error = float((got - wanted).abs().max())
     limit = factor * tolerance(coarse).close * size
-    demand(error <= limit, f"{what}: off by {error:.3g}, allowed {limit:.3g}")
+    if not error <= limit:  # so that NaN is refused
+        raise AssertionError(f"{what}: off by {error:.3g}, allowed {limit:.3g}")
 
 
 def size_of(x: Tensor) -> str:
