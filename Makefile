@@ -39,6 +39,7 @@ format: $(STAMP) ## sort imports, format, and repair what ruff can repair
 
 bench: $(STAMP) ## run the benchmarks and store their results in benchmarks/results
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/readme.py
 
 paper: $(STAMP) ## tables and figures of the paper from the stored results, then the manuscript
 	$(MAKE) --directory=paper PYTHON=$(abspath $(BIN)/python)

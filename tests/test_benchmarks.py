@@ -92,3 +92,10 @@ def test_every_benchmark_is_run(benchmark_module):
     assert set(run.BENCHMARKS) == {p.stem for p in BENCHMARKS.glob("*.py")} - tools
     assert set(run.BENCHMARKS) >= {path.stem for path in STORED}
     assert STORED
+
+
+def test_the_readme_holds_the_stored_figures(benchmark_module):
+    readme = benchmark_module("readme")
+    text = readme.README.read_text()
+    assert readme.written(text) == text, "run python benchmarks/readme.py"
+    assert readme.written(text.replace("median", "mode")) != text.replace("median", "mode")

@@ -1,0 +1,41 @@
+"""Write the figures of the README from the stored results: no number there is typed by hand."""
+
+import sys
+
+import record
+from run import BENCHMARKS
+
+README = record.ROOT / "README.md"
+BEGIN, END = "<!-- results: benchmarks/readme.py -->", "<!-- end of results -->"
+
+
+def block() -> str:
+    """Return the table of all benchmarks as Markdown, with the machines they ran on."""
+    lines = ["| measured | median | wanted | stored in |", "|---|---|---|---|"]
+    places = []
+    for name in BENCHMARKS:
+        report = record.load(name)
+        machine = report["machine"]
+        places.append(f"{name}: {machine['cpu']}, torch {machine['torch']}")
+        for row in report["rows"]:
+            figure = row["figure"].replace("_", " ").removesuffix("value").strip()
+            median = f"{row[row['figure']]['median']:.3g} {figure}".strip()
+            missed = "" if row["met"] else " **(missed)**"
+            wanted = row["wanted"].removeprefix(row["figure"].replace("_", " ")).strip()
+            stored = f"`benchmarks/results/{name}.json`"
+            lines.append(f"| {row['what']} | {median}{missed} | {wanted} | {stored} |")
+    return "\n".join([*lines, "", f"Two shared cores; {'; '.join(places)}."])
+
+
+def written(text: str) -> str:
+    """Return the README with the block in its place."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{block()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    text = README.read_text()
+    if BEGIN not in text or END not in text:
+        sys.exit(f"{README} lacks the markers {BEGIN} and {END}")
+    README.write_text(written(text))
