@@ -22,7 +22,7 @@ class _RawAxis:
     size: int
     source: str
     parent: str | None = None
-    hides_scale: bool = False  # its scale ends at a normalisation: degrees become 0 in the parent
+    factor: int = 1  # degrees are multiplied by it in the parent: 0 where a scale ends
     sign: bool = True
     scale: bool = True
     fixed: str = ""
@@ -50,7 +50,7 @@ class Tracing:
             return FIXED
         axis, degree = dim.axis, dim.degree
         while (parent := self.axes[axis].parent) is not None:
-            degree = 0 if self.axes[axis].hides_scale else degree
+            degree *= self.axes[axis].factor
             axis = parent
         return replace(dim, axis=axis, degree=degree)
 
@@ -61,7 +61,7 @@ class Tracing:
             self.axes[root].fixed = reason
 
     def unify(self, a: Dim, b: Dim, reason: str) -> None:
-        """Both dimensions must move together."""
+        """Both dimensions must move alike."""
         a, b = self.resolve(a), self.resolve(b)
         if a.axis is None or b.axis is None:
             self.fix(a if b.axis is None else b, reason)
@@ -70,15 +70,60 @@ class Tracing:
         if (one.size, a.outer, a.inner) != (two.size, b.outer, b.inner):
             self.fix(a, reason)
             self.fix(b, reason)
-            return
-        if a.degree != b.degree:
-            one.scale = False
-            one.sign = one.sign and (a.degree - b.degree) % 2 == 0
-        if a.axis != b.axis:
-            two.parent = a.axis
+        elif a.axis == b.axis:
+            if a.degree != b.degree:
+                one.scale = False
+                one.sign = one.sign and (a.degree - b.degree) % 2 == 0
+        elif b.degree == 0:
+            self._join(b.axis, a.axis, 0) if a.degree == 0 else self._unscaled(b.axis, a.axis)
+        elif a.degree == 0:
+            self._unscaled(a.axis, b.axis)
+        elif abs(a.degree) == abs(b.degree) == 1:
+            self._join(b.axis, a.axis, a.degree * b.degree)
             one.sign, one.scale = one.sign and two.sign, one.scale and two.scale
-            one.fixed = one.fixed or two.fixed
-            one.passed += two.passed
+        else:  # s and its square, say: what is left is where both agree
+            odd = (a.degree - b.degree) % 2
+            self._join(b.axis, a.axis, 1)
+            one.sign, one.scale = one.sign and two.sign and not odd, False
+
+    def _unscaled(self, kept: str, gone: str) -> None:
+        """Join an axis to one that is only permuted here: its own scales and signs end."""
+        self._join(gone, kept, 0)
+
+    def _join(self, child: str, root: str, factor: int) -> None:
+        one, two = self.axes[root], self.axes[child]
+        two.parent, two.factor = root, factor
+        one.fixed = one.fixed or two.fixed
+        one.passed += two.passed
+
+    def share_permutation(self, a: Dim, b: Dim, reason: str) -> None:
+        """Both dimensions are permuted alike; the scales and signs of ``b`` end here."""
+        a, b = self.resolve(a), self.resolve(b)
+        if a.axis is None or b.axis is None:
+            self.fix(a if b.axis is None else b, reason)
+        elif a.axis != b.axis:
+            same = (self.axes[a.axis].size, a.outer, a.inner)
+            if same == (self.axes[b.axis].size, b.outer, b.inner):
+                self._join(b.axis, a.axis, 0)
+            else:
+                self.fix(a, reason)
+                self.fix(b, reason)
+
+    def weaken(self, dim: Dim, activation: Activation, name: str) -> None:
+        """Let a dimension pass a function: what does not commute with it, ends."""
+        dim = self.resolve(dim)
+        if dim.axis is None:
+            return
+        raw = self.axes[dim.axis]
+        if dim.degree:
+            raw.sign = raw.sign and (activation.odd or dim.degree % 2 == 0)
+            raw.scale = raw.scale and activation.homogeneous is not None
+        raw.passed.append(f"{name} commutes with {activation}")
+
+    def is_scaled(self, dim: Dim) -> bool:
+        """Whether positive scales may act on a dimension, as far as is known."""
+        dim = self.resolve(dim)
+        return dim.axis is not None and dim.degree != 0 and self.axes[dim.axis].scale
 
     def label(self, name: str, dims: tuple[Dim, ...]) -> None:
         """Label a leaf; a leaf used twice ties the axes of both uses together."""
@@ -140,11 +185,23 @@ class Call:
 
     def follow_axis(self, before: Dim) -> Dim:
         """Open an axis that shares the permutation of ``before``, but is scaled on its own."""
-        raw = self.tracing.axes[self.tracing.resolve(before).axis or ""]
+        root = self.tracing.resolve(before)
+        raw = self.tracing.axes[root.axis or ""]
         after = self.tracing.new_axis(raw.size, f"{raw.source} and {self.path}")
-        raw.parent, raw.hides_scale = after, True
-        self.tracing.axes[after].fixed = raw.fixed
-        return replace(before, axis=after, degree=1)
+        new = replace(before, axis=after, degree=1)
+        if root.degree == 0:  # followed already: one axis has one scale
+            self.tracing.share_permutation(before, new, self.path)
+        else:
+            self.tracing.share_permutation(new, before, self.path)
+        return new
+
+    def permuted(self, dim: Dim) -> Dim:
+        """Return a dimension that is permuted with another one, but not scaled."""
+        return replace(dim, degree=0)
+
+    def contract(self, a: Dim, b: Dim) -> None:
+        """Sum over two dimensions: where one is multiplied by A, the other is by A^-T."""
+        self.tracing.unify(a, b.dual(), f"contracted with something that stays, at {self.path}")
 
     def label(self, leaf: str, *dims: Dim) -> str:
         """Say what the dimensions of one of the module's own leaves run over; return its key."""
@@ -154,17 +211,16 @@ class Call:
 
     def elementwise(self, x: Value, activation: Activation) -> Value:
         """Pass ``x`` through a function of single elements: what it does not commute with, ends."""
-        dims: list[Dim] = []
         for dim in x.dims:
-            if dim.axis is not None:
-                raw = self.tracing.axes[self.tracing.resolve(dim).axis or ""]
-                raw.sign = raw.sign and (activation.odd or dim.degree % 2 == 0)
-                raw.scale = raw.scale and activation.homogeneous is not None
-                name = self.target if isinstance(self.target, str) else self.target.__name__
-                raw.passed.append(f"{name} commutes with {activation}")
-                dim = replace(dim, degree=dim.degree * (activation.homogeneous or 1))
-            dims.append(dim)
-        return Value(x.shape, tuple(dims))
+            self.tracing.weaken(dim, activation, self.name)
+        power = activation.homogeneous or 1
+        dims = tuple(replace(dim, degree=dim.degree * power) for dim in x.dims)
+        return Value(self.shape if len(self.shape) == len(dims) else x.shape, dims)
+
+    @property
+    def name(self) -> str:
+        """What the operation is called."""
+        return self.target if isinstance(self.target, str) else self.target.__name__
 
     def flatten(self, x: Value, start: int, end: int) -> Value:
         """Merge dimensions; an axis among them is repeated."""
@@ -306,10 +362,13 @@ class _Interpreter(fx.Interpreter):
         if n.op == "placeholder":
             return Value(shape, (FIXED,) * len(shape))
         if n.op == "get_attr":
-            raise UnsupportedModuleError(
-                f"the leaf {n.target!r} is used directly in forward: put it into a submodule and "
-                "register a rule for that with symflow.arch.rule"
+            # A parameter used as it is: what acts on it follows from what is done with it.
+            dims = tuple(
+                Dim(self.tracing.new_axis(size, str(n.target)), 1) if size > 1 else FIXED
+                for size in shape
             )
+            self.tracing.label(str(n.target), dims)
+            return Value(shape, dims)
         target, path, module = n.target, n.name, self.module
         if n.op == "call_module":
             path = str(n.target)
