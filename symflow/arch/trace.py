@@ -2,145 +2,18 @@
 
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from symflow.arch.layout import FIXED, Axis, Dim
+from symflow.arch.layout import FIXED, Axis, Dim, Label, Segments, each
 from symflow.arch.rules import Activation, Value, find_rule, require_rule
+from symflow.arch.tracing import Tracing, concatenated
 from symflow.errors import ShapeError, UnsupportedModuleError
-from symflow.groups import Group, Permutation, PositiveScale, Sign, Trivial
-
-
-@dataclass
-class _RawAxis:
-    """An axis while it is being found out: what has not been ruled out still acts on it."""
-
-    size: int
-    source: str
-    parent: str | None = None
-    factor: int = 1  # degrees are multiplied by it in the parent: 0 where a scale ends
-    sign: bool = True
-    scale: bool = True
-    fixed: str = ""
-    passed: list[str] = field(default_factory=lambda: [])
-
-
-@final
-class Tracing:
-    """The labels collected so far, and the union-find over axes."""
-
-    def __init__(self, names: dict[str, str]) -> None:
-        self.axes: dict[str, _RawAxis] = {}
-        self.leaves: dict[str, tuple[Dim, ...]] = {}
-        self.names = names  # alias -> canonical name, for tied weights
-
-    def new_axis(self, size: int, source: str) -> str:
-        """Open an axis on which everything acts until something speaks against it."""
-        name = f"#{len(self.axes)}"
-        self.axes[name] = _RawAxis(size, source)
-        return name
-
-    def resolve(self, dim: Dim) -> Dim:
-        """Follow an axis to its root, with the degree that is left there."""
-        if dim.axis is None:
-            return FIXED
-        axis, degree = dim.axis, dim.degree
-        while (parent := self.axes[axis].parent) is not None:
-            degree *= self.axes[axis].factor
-            axis = parent
-        return replace(dim, axis=axis, degree=degree)
-
-    def fix(self, dim: Dim, reason: str) -> None:
-        """Nothing may act on this dimension's axis."""
-        root = self.resolve(dim).axis
-        if root is not None and not self.axes[root].fixed:
-            self.axes[root].fixed = reason
-
-    def unify(self, a: Dim, b: Dim, reason: str) -> None:
-        """Both dimensions must move alike."""
-        a, b = self.resolve(a), self.resolve(b)
-        if a.axis is None or b.axis is None:
-            self.fix(a if b.axis is None else b, reason)
-            return
-        one, two = self.axes[a.axis], self.axes[b.axis]
-        if (one.size, a.outer, a.inner) != (two.size, b.outer, b.inner):
-            self.fix(a, reason)
-            self.fix(b, reason)
-        elif a.axis == b.axis:
-            if a.degree != b.degree:
-                one.scale = False
-                one.sign = one.sign and (a.degree - b.degree) % 2 == 0
-        elif b.degree == 0:
-            self._join(b.axis, a.axis, 0) if a.degree == 0 else self._unscaled(b.axis, a.axis)
-        elif a.degree == 0:
-            self._unscaled(a.axis, b.axis)
-        elif abs(a.degree) == abs(b.degree) == 1:
-            self._join(b.axis, a.axis, a.degree * b.degree)
-            one.sign, one.scale = one.sign and two.sign, one.scale and two.scale
-        else:  # s and its square, say: what is left is where both agree
-            odd = (a.degree - b.degree) % 2
-            self._join(b.axis, a.axis, 1)
-            one.sign, one.scale = one.sign and two.sign and not odd, False
-
-    def _unscaled(self, kept: str, gone: str) -> None:
-        """Join an axis to one that is only permuted here: its own scales and signs end."""
-        self._join(gone, kept, 0)
-
-    def _join(self, child: str, root: str, factor: int) -> None:
-        one, two = self.axes[root], self.axes[child]
-        two.parent, two.factor = root, factor
-        one.fixed = one.fixed or two.fixed
-        one.passed += two.passed
-
-    def share_permutation(self, a: Dim, b: Dim, reason: str) -> None:
-        """Both dimensions are permuted alike; the scales and signs of ``b`` end here."""
-        a, b = self.resolve(a), self.resolve(b)
-        if a.axis is None or b.axis is None:
-            self.fix(a if b.axis is None else b, reason)
-        elif a.axis != b.axis:
-            same = (self.axes[a.axis].size, a.outer, a.inner)
-            if same == (self.axes[b.axis].size, b.outer, b.inner):
-                self._join(b.axis, a.axis, 0)
-            else:
-                self.fix(a, reason)
-                self.fix(b, reason)
-
-    def weaken(self, dim: Dim, activation: Activation, name: str) -> None:
-        """Let a dimension pass a function: what does not commute with it, ends."""
-        dim = self.resolve(dim)
-        if dim.axis is None:
-            return
-        raw = self.axes[dim.axis]
-        if dim.degree:
-            raw.sign = raw.sign and (activation.odd or dim.degree % 2 == 0)
-            raw.scale = raw.scale and activation.homogeneous is not None
-        raw.passed.append(f"{name} commutes with {activation}")
-
-    def is_scaled(self, dim: Dim) -> bool:
-        """Whether positive scales may act on a dimension, as far as is known."""
-        dim = self.resolve(dim)
-        return dim.axis is not None and dim.degree != 0 and self.axes[dim.axis].scale
-
-    def label(self, name: str, dims: tuple[Dim, ...]) -> None:
-        """Label a leaf; a leaf used twice ties the axes of both uses together."""
-        name = self.names.get(name, name)
-        if name in self.leaves:
-            for a, b in zip(self.leaves[name], dims, strict=True):
-                self.unify(a, b, f"{name} is used more than once")
-        else:
-            self.leaves[name] = dims
-
-    def group(self, raw: _RawAxis) -> Group[Any]:
-        """Return what may act on a root axis."""
-        if raw.fixed:
-            return Trivial(raw.size)
-        group: Group[Any] = Permutation(raw.size)
-        group = group @ Sign(raw.size) if raw.sign else group
-        return group @ PositiveScale(raw.size) if raw.scale else group
+from symflow.groups import Trivial
 
 
 @final
@@ -183,27 +56,33 @@ class Call:
         """Open an axis for an outgoing dimension of ``size`` units."""
         return Dim(self.tracing.new_axis(size, self.path), 1)
 
-    def follow_axis(self, before: Dim) -> Dim:
-        """Open an axis that shares the permutation of ``before``, but is scaled on its own."""
-        root = self.tracing.resolve(before)
-        raw = self.tracing.axes[root.axis or ""]
+    def follow_axis(self, before: Label) -> Label:
+        """Open axes that share the permutations of ``before``, but are scaled on their own."""
+        return each(self._follow, self.tracing.resolve(before))
+
+    def _follow(self, before: Dim) -> Dim:
+        if before.axis is None:
+            return FIXED
+        raw = self.tracing.axes[before.axis]
         after = self.tracing.new_axis(raw.size, f"{raw.source} and {self.path}")
         new = replace(before, axis=after, degree=1)
-        if root.degree == 0:  # followed already: one axis has one scale
+        if before.degree == 0:  # followed already: one axis has one scale
             self.tracing.share_permutation(before, new, self.path)
         else:
             self.tracing.share_permutation(new, before, self.path)
         return new
 
-    def permuted(self, dim: Dim) -> Dim:
+    def permuted(self, label: Label) -> Label:
         """Return a dimension that is permuted with another one, but not scaled."""
-        return replace(dim, degree=0)
+        return each(lambda dim: replace(dim, degree=0), label)
 
-    def contract(self, a: Dim, b: Dim) -> None:
+    def contract(self, a: Label, b: Label) -> None:
         """Sum over two dimensions: where one is multiplied by A, the other is by A^-T."""
-        self.tracing.unify(a, b.dual(), f"contracted with something that stays, at {self.path}")
+        self.tracing.unify(
+            a, each(Dim.dual, b), f"contracted with something that stays, at {self.path}"
+        )
 
-    def label(self, leaf: str, *dims: Dim) -> str:
+    def label(self, leaf: str, *dims: Label) -> str:
         """Say what the dimensions of one of the module's own leaves run over; return its key."""
         name = f"{self.path}.{leaf}" if self.path else leaf
         self.tracing.label(name, dims)
@@ -214,7 +93,7 @@ class Call:
         for dim in x.dims:
             self.tracing.weaken(dim, activation, self.name)
         power = activation.homogeneous or 1
-        dims = tuple(replace(dim, degree=dim.degree * power) for dim in x.dims)
+        dims = tuple(each(lambda d: replace(d, degree=d.degree * power), dim) for dim in x.dims)
         return Value(self.shape if len(self.shape) == len(dims) else x.shape, dims)
 
     @property
@@ -226,20 +105,17 @@ class Call:
         """Merge dimensions; an axis among them is repeated."""
         n = len(x.dims)
         start, end = start % n, end % n
-        moving = [k for k in range(start, end + 1) if x.dims[k].axis is not None]
+        moving = [k for k in range(start, end + 1) if x.dims[k] != FIXED]
         size = _product(x.shape[start : end + 1])
         if len(moving) > 1:
             for k in moving:
                 self.tracing.fix(x.dims[k], f"flattened together with another axis at {self.path}")
             moving = []
-        label = FIXED
+        label: Label = FIXED
         if moving:
             k = moving[0]
-            label = replace(
-                x.dims[k],
-                outer=_product(x.shape[start:k]) * x.dims[k].outer,
-                inner=x.dims[k].inner * _product(x.shape[k + 1 : end + 1]),
-            )
+            before, behind = _product(x.shape[start:k]), _product(x.shape[k + 1 : end + 1])
+            label = _repeated(self.tracing.resolve(x.dims[k]), before, behind)
         shape = (*x.shape[:start], size, *x.shape[end + 1 :])
         made_by = x.made_by if start == end else ()
         return Value(shape, (*x.dims[:start], label, *x.dims[end + 1 :]), made_by)
@@ -250,7 +126,7 @@ class Call:
 class Trace:
     """What tracing found: labels of leaves, axes that move, axes that do not, the last layer."""
 
-    leaves: dict[str, tuple[Dim, ...]]
+    leaves: dict[str, tuple[Label, ...]]
     axes: tuple[Axis, ...]
     fixed: tuple[Axis, ...]
     output: tuple[str, ...]
@@ -288,7 +164,7 @@ def _finish(tracing: Tracing, output: Value) -> Trace:
     moving: list[Axis] = []
     fixed: list[Axis] = []
     for key, raw in tracing.axes.items():
-        if raw.parent is not None:
+        if raw.parent is not None or raw.parts:
             continue
         if raw.fixed:
             name = "output" if raw.fixed.startswith("read out") else f"fixed {len(fixed)}"
@@ -298,9 +174,12 @@ def _finish(tracing: Tracing, output: Value) -> Trace:
         why = f"out of {raw.source}; " + ("; ".join(dict.fromkeys(raw.passed)) or "linear")
         moving.append(Axis(names[key], raw.size, tracing.group(raw), why))
 
-    def final(dim: Dim) -> Dim:
-        dim = tracing.resolve(dim)
+    def named(dim: Dim) -> Dim:
         return replace(dim, axis=names[dim.axis]) if dim.axis in names else FIXED
+
+    def final(label: Label) -> Label:
+        found = each(named, tracing.resolve(label))
+        return concatenated(list(found.parts)) if isinstance(found, Segments) else found
 
     leaves = {name: tuple(map(final, dims)) for name, dims in tracing.leaves.items()}
     return Trace(leaves, tuple(moving), tuple(fixed), output.made_by)
@@ -413,3 +292,11 @@ def _product(sizes: tuple[int, ...]) -> int:
     for size in sizes:
         n *= size
     return n
+
+
+def _repeated(label: Label, before: int, behind: int) -> Label:
+    """Label what a flatten makes of a dimension with others before and behind it."""
+    if isinstance(label, Segments):
+        parts = [(replace(d, inner=d.inner * behind), n * behind) for d, n in label.parts]
+        return concatenated([(d if d.axis else FIXED, n) for d, n in parts] * before)
+    return replace(label, outer=before * label.outer, inner=label.inner * behind)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from symflow.arch.layout import FIXED, Dim
+from symflow.arch.layout import FIXED, Label
 from symflow.arch.rules.elementwise import LINEAR, PLAIN
 from symflow.arch.rules.registry import Value, rule
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def _add(call: "Call", x: Any, y: Any) -> Value:
     if not (isinstance(x, Value) and isinstance(y, Value)):
         return call.elementwise(x if isinstance(x, Value) else y, PLAIN)
-    dims: list[Dim] = []
+    dims: list[Label] = []
     for a, b, m, n in _aligned(x, y):
         if m == n:
             call.tracing.unify(a, b, f"added to something that stays, at {call.path}")
@@ -43,19 +43,19 @@ def _add(call: "Call", x: Any, y: Any) -> Value:
 def _multiply(call: "Call", x: Any, y: Any) -> Value:
     if not (isinstance(x, Value) and isinstance(y, Value)):
         return call.elementwise(x if isinstance(x, Value) else y, LINEAR)
-    dims: list[Dim] = []
+    dims: list[Label] = []
     for a, b, m, n in _aligned(x, y):
         dims.append(_gated(call, a, b) if m == n else a if n == 1 else b)
     return Value(call.shape, tuple(dims))
 
 
-def _gated(call: "Call", a: Dim, b: Dim) -> Dim:
+def _gated(call: "Call", a: Label, b: Label) -> Label:
     """Label the product of two factors: permuted together, scaled with one of them."""
     first, second = call.tracing.resolve(a), call.tracing.resolve(b)
     reason = f"multiplied by something that stays, at {call.path}"
-    if first.axis is None or second.axis is None or first.axis == second.axis:
+    if FIXED in (first, second) or first == second or _same_axes(call, a, b):
         call.tracing.unify(call.permuted(a), call.permuted(b), reason)
-        if first.axis is not None and first.axis == second.axis:
+        if FIXED not in (first, second):
             call.tracing.weaken(a, PLAIN, call.name)
             call.tracing.weaken(b, PLAIN, call.name)
         return FIXED if FIXED in (first, second) else call.permuted(a)
@@ -73,7 +73,12 @@ def _divide(call: "Call", x: Value, y: Any) -> Value:
     return call.elementwise(x, LINEAR)
 
 
-def _aligned(x: Value, y: Value) -> list[tuple[Dim, Dim, int, int]]:
+def _same_axes(call: "Call", a: Label, b: Label) -> bool:
+    one, two = ([dim.axis for dim in call.tracing.roots(label)] for label in (a, b))
+    return bool(set(one) & set(two))
+
+
+def _aligned(x: Value, y: Value) -> list[tuple[Label, Label, int, int]]:
     """Dimensions of both with their sizes, from the left, after broadcasting."""
     n = max(len(x.dims), len(y.dims))
     (a, k), (b, m) = (

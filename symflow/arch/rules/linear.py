@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn import functional as F
 
-from symflow.arch.layout import FIXED, Dim
+from symflow.arch.layout import FIXED, Dim, Label, each
 from symflow.arch.rules.registry import Value, rule
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @rule(nn.Linear)
 def _linear(call: "Call", x: Value) -> Value:
     out = call.new_axis(call.module.out_features)
-    leaves = [call.label("weight", out, x.dims[-1].dual())]
+    leaves = [call.label("weight", out, each(Dim.dual, x.dims[-1]))]
     if call.module.bias is not None:
         leaves.append(call.label("bias", out))
     moved = x.with_dim(-1, out, call.module.out_features)
@@ -44,14 +44,14 @@ def _convolution(call: "Call", x: Value) -> Value:
     before = x.dims[channel]
     if conv.groups == 1:
         out = call.new_axis(conv.out_channels)
-        ends = (before.dual(), out) if conv.transposed else (out, before.dual())
+        ends = (each(Dim.dual, before), out) if conv.transposed else (out, each(Dim.dual, before))
         call.label("weight", *ends, *spatial)
     else:
         out = _channelwise(call, before)
         call.label("weight", call.permuted(out), FIXED, *spatial)
     if conv.bias is not None:
         call.label("bias", out)
-    dims = [FIXED] * len(x.dims)
+    dims: list[Label] = [FIXED] * len(x.dims)
     dims[channel] = out
     for k, dim in enumerate(x.dims):
         if k != channel:
@@ -59,10 +59,10 @@ def _convolution(call: "Call", x: Value) -> Value:
     return Value(call.shape, tuple(dims))
 
 
-def _channelwise(call: "Call", before: Dim) -> Dim:
+def _channelwise(call: "Call", before: Label) -> Label:
     """Label the outputs of a grouped convolution: the units of ``before``, each with a multiple."""
     conv = call.module
-    if conv.groups != conv.in_channels or before.axis is None:
+    if conv.groups != conv.in_channels or not isinstance(before, Dim) or before == FIXED:
         call.tracing.fix(before, f"split into {conv.groups} groups by {call.path}")
         return FIXED
     return replace(before, inner=before.inner * (conv.out_channels // conv.in_channels))

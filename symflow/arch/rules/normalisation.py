@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from symflow.arch.layout import FIXED, Dim
+from symflow.arch.layout import FIXED, Label
 from symflow.arch.rules.elementwise import PLAIN
 from symflow.arch.rules.registry import Activation, Value, rule
 
@@ -41,10 +41,10 @@ def _groups(call: "Call", x: Value) -> Value:
     return x.with_dim(1, after, x.shape[1])
 
 
-def _rescaled(call: "Call", x: Value, before: Dim, affine: bool) -> Dim:
+def _rescaled(call: "Call", x: Value, before: Label, affine: bool) -> Label:
     """Label what comes out: gain and bias, where there are any, give it a scale of its own."""
-    if before.axis is None:
-        after = FIXED
+    if before == FIXED:
+        after: Label = FIXED
     elif affine:
         after = call.follow_axis(before)
     else:
@@ -61,7 +61,7 @@ def _layer_norm(call: "Call", x: Value) -> Value:
     for dim in x.dims[:-count]:  # every position is divided by a number of its own
         call.tracing.weaken(dim, PLAIN, call.name)
     *others, before = x.dims[-count:]
-    if others or before.axis is None or not call.module.elementwise_affine:
+    if others or before == FIXED or not call.module.elementwise_affine:
         dims = tuple(call.permuted(dim) for dim in x.dims[-count:])
         for dim in x.dims[-count:]:
             call.tracing.weaken(dim, PLAIN, call.name)

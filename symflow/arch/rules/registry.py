@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, final
 
-from symflow.arch.layout import Dim
+from symflow.arch.layout import Label
 from symflow.errors import UnsupportedModuleError
 
 
@@ -64,15 +64,16 @@ class Value:
 
     Examples
     --------
+    >>> from symflow.arch import FIXED, Dim
     >>> Value((8, 3), (FIXED, Dim("h1", 1))).with_dim(-1, Dim("h2", 1), 5).shape
     (8, 5)
     """
 
     shape: tuple[int, ...]
-    dims: tuple[Dim, ...]
+    dims: tuple[Label, ...]
     made_by: tuple[str, ...] = ()
 
-    def with_dim(self, dim: int, label: Dim, size: int) -> "Value":
+    def with_dim(self, dim: int, label: Label, size: int) -> "Value":
         """Replace one dimension: its label and its size."""
         shape, dims = list(self.shape), list(self.dims)
         shape[dim], dims[dim] = size, label

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from symflow.arch.layout import FIXED
+from symflow.arch.layout import FIXED, Dim, Segments
 from symflow.arch.rules.elementwise import PLAIN
 from symflow.arch.rules.registry import Value, rule
+from symflow.arch.tracing import concatenated
 from symflow.errors import UnsupportedModuleError
 
 if TYPE_CHECKING:
@@ -87,3 +88,19 @@ def _reduce(call: "Call", x: Value, dim: Any = None, keepdim: bool = False) -> V
     else:
         dims = tuple(d for k, d in enumerate(x.dims) if k not in gone)
     return Value(call.shape, dims)
+
+
+@rule(torch.cat)
+@rule(torch.concat)
+def _concatenate(call: "Call", tensors: Any, dim: int = 0) -> Value:
+    first, *others = tensors
+    at = dim % len(first.dims)
+    for other in others:
+        for k, (a, b) in enumerate(zip(first.dims, other.dims, strict=True)):
+            if k != at:
+                call.tracing.unify(a, b, f"concatenated with something that stays, at {call.path}")
+    parts: list[tuple[Dim, int]] = []
+    for x in tensors:
+        found = call.tracing.resolve(x.dims[at])
+        parts += found.parts if isinstance(found, Segments) else [(found, x.shape[at])]
+    return Value(call.shape, (*first.dims[:at], concatenated(parts), *first.dims[at + 1 :]))
