@@ -1,5 +1,6 @@
 """From a module to its axes: torch.fx gives the graph, the rules label it, union-find ties axes."""
 
+import operator
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -100,25 +101,6 @@ class Call:
     def name(self) -> str:
         """What the operation is called."""
         return self.target if isinstance(self.target, str) else self.target.__name__
-
-    def flatten(self, x: Value, start: int, end: int) -> Value:
-        """Merge dimensions; an axis among them is repeated."""
-        n = len(x.dims)
-        start, end = start % n, end % n
-        moving = [k for k in range(start, end + 1) if x.dims[k] != FIXED]
-        size = _product(x.shape[start : end + 1])
-        if len(moving) > 1:
-            for k in moving:
-                self.tracing.fix(x.dims[k], f"flattened together with another axis at {self.path}")
-            moving = []
-        label: Label = FIXED
-        if moving:
-            k = moving[0]
-            before, behind = _product(x.shape[start:k]), _product(x.shape[k + 1 : end + 1])
-            label = _repeated(self.tracing.resolve(x.dims[k]), before, behind)
-        shape = (*x.shape[:start], size, *x.shape[end + 1 :])
-        made_by = x.made_by if start == end else ()
-        return Value(shape, (*x.dims[:start], label, *x.dims[end + 1 :]), made_by)
 
 
 @final
@@ -233,21 +215,20 @@ class _Interpreter(fx.Interpreter):
                     f"the module must return one tensor, it returns {type(result).__name__}"
                 )
             self.result = label
-        elif isinstance(result, Tensor):
-            self.labels[n] = self._apply(n, tuple(result.shape))
+        elif _has_tensors(result):
+            self.labels[n] = self._apply(n, result)
         return result
 
-    def _apply(self, n: fx.Node, shape: tuple[int, ...]) -> Value:
+    def _apply(self, n: fx.Node, result: Any) -> Any:
+        shape = tuple(result.shape) if isinstance(result, Tensor) else ()
         if n.op == "placeholder":
-            return Value(shape, (FIXED,) * len(shape))
+            return map_aggregate(result, _unlabelled)
         if n.op == "get_attr":
-            # A parameter used as it is: what acts on it follows from what is done with it.
-            dims = tuple(
-                Dim(self.tracing.new_axis(size, str(n.target)), 1) if size > 1 else FIXED
-                for size in shape
-            )
-            self.tracing.label(str(n.target), dims)
-            return Value(shape, dims)
+            return self._parameter(str(n.target), result)
+        args = map_aggregate(n.args, self._label)
+        options = map_aggregate(n.kwargs, self._label)
+        if n.target is operator.getitem and not isinstance(args[0], Value):
+            return args[0][args[1]]
         target, path, module = n.target, n.name, self.module
         if n.op == "call_module":
             path = str(n.target)
@@ -255,23 +236,48 @@ class _Interpreter(fx.Interpreter):
             target = type(module)
         rule = require_rule(target, path)
         call = Call(self.tracing, target, path, module, shape)
-        args = map_aggregate(n.args, self._label)
-        options = map_aggregate(n.kwargs, self._label)
         if isinstance(rule, Activation):
             value = call.elementwise(_first_value(args, options, path), rule)
         else:
             value = _run(rule, call, args, options)
-        if value.shape != shape:
+        if isinstance(result, Tensor) and value.shape != shape:
             raise ShapeError(
                 f"the rule for {path!r} labels a result of shape {value.shape}, but it is {shape}"
             )
         return value
 
+    def _parameter(self, name: str, value: Tensor) -> Value:
+        """Label a parameter used as it is: what acts on it follows from what is done with it."""
+        shape = tuple(value.shape)
+        if not value.is_floating_point():
+            return _unlabelled(value)
+        dims = tuple(
+            Dim(self.tracing.new_axis(size, name), 1) if size > 1 else FIXED for size in shape
+        )
+        self.tracing.label(name, dims)
+        return Value(shape, dims)
+
     def _label(self, x: Any) -> Any:
-        return self.labels.get(x) if isinstance(x, fx.Node) else x
+        """Return the label of a node; where it has none (a size, say) what it is."""
+        if not isinstance(x, fx.Node):
+            return x
+        return self.labels[x] if x in self.labels else self.env[x]
 
 
-def _run(rule: Callable[..., Value], call: Call, args: Any, options: Any) -> Value:
+def _has_tensors(result: Any) -> bool:
+    if isinstance(result, tuple | list):
+        return any(_has_tensors(x) for x in result)
+    return isinstance(result, Tensor)
+
+
+def _unlabelled(x: Any) -> Any:
+    """Label a tensor on which nothing acts; leave other things as they are."""
+    if not isinstance(x, Tensor):
+        return x
+    return Value(tuple(x.shape), (FIXED,) * x.ndim)
+
+
+def _run(rule: Callable[..., Any], call: Call, args: Any, options: Any) -> Any:
     try:
         return rule(call, *args, **options)
     except TypeError as error:
@@ -285,18 +291,3 @@ def _first_value(args: Any, options: Any, path: str) -> Value:
         if isinstance(x, Value):
             return x
     raise UnsupportedModuleError(f"{path!r} has no tensor among its arguments")
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    n = 1
-    for size in sizes:
-        n *= size
-    return n
-
-
-def _repeated(label: Label, before: int, behind: int) -> Label:
-    """Label what a flatten makes of a dimension with others before and behind it."""
-    if isinstance(label, Segments):
-        parts = [(replace(d, inner=d.inner * behind), n * behind) for d, n in label.parts]
-        return concatenated([(d if d.axis else FIXED, n) for d, n in parts] * before)
-    return replace(label, outer=before * label.outer, inner=label.inner * behind)
