@@ -335,9 +335,24 @@ class Architecture:
     def _call(self, w: Tensor, inputs: tuple[Tensor, ...], in_dim: int | None) -> Tensor:
         batch = w.shape[:-1]
         state = self.unflatten(w.reshape(-1, w.shape[-1]))
-        dims = (0, *(in_dim for _ in inputs))
-        out = vmap(self._forward, in_dims=dims)(state, *inputs)
+        if self._loops:
+            rows = [
+                self._forward(
+                    {key: value[k] for key, value in state.items()},
+                    *(x if in_dim is None else x[k] for x in inputs),
+                )
+                for k in range(batch.numel())
+            ]
+            out = torch.stack(rows)
+        else:
+            dims = (0, *(in_dim for _ in inputs))
+            out = vmap(self._forward, in_dims=dims)(state, *inputs)
         return out.reshape((*batch, *out.shape[1:]))
+
+    @cached_property
+    def _loops(self) -> bool:
+        """Whether networks run one after the other: PyTorch cannot map over recurrent kernels."""
+        return any(isinstance(module, nn.RNNBase) for module in self.module.modules())
 
     def _forward(self, state: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         ties = {alias: state[name] for alias, name in self._ties}

@@ -67,7 +67,8 @@ class Call:
         raw = self.tracing.axes[before.axis]
         after = self.tracing.new_axis(raw.size, f"{raw.source} and {self.path}")
         new = replace(before, axis=after, degree=1)
-        if before.degree == 0:  # followed already: one axis has one scale
+        # Followed already by something that can still be scaled: one axis has one scale.
+        if before.degree == 0 and raw.scale:
             self.tracing.share_permutation(before, new, self.path)
         else:
             self.tracing.share_permutation(new, before, self.path)
@@ -145,9 +146,8 @@ def _finish(tracing: Tracing, output: Value) -> Trace:
     names: dict[str, str] = {}
     moving: list[Axis] = []
     fixed: list[Axis] = []
-    for key, raw in tracing.axes.items():
-        if raw.parent is not None or raw.parts:
-            continue
+    for key in tracing.in_order():
+        raw = tracing.axes[key]
         if raw.fixed:
             name = "output" if raw.fixed.startswith("read out") else f"fixed {len(fixed)}"
             fixed.append(Axis(name, raw.size, Trivial(raw.size), f"{raw.source}: {raw.fixed}"))

@@ -94,6 +94,11 @@ class Tracing:
                 inside = replace(dim, axis=part, outer=1)
                 yield from self._parts(inside, self.axes[part].size * dim.inner)
 
+    def in_order(self) -> list[str]:
+        """Return the axes that others are tied to, by where the first of them was made."""
+        found = [dim.axis for name in self.axes for dim in self.roots(Dim(name, 1))]
+        return [name for name in dict.fromkeys(found) if name is not None]
+
     def roots(self, label: Label) -> list[Dim]:
         """Return the dimensions that a label consists of."""
         found = self.resolve(label)

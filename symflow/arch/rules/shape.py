@@ -182,6 +182,12 @@ def _transpose(call: "Call", x: Value, dim0: int, dim1: int) -> Value:
     return Value(call.shape, tuple(dims))
 
 
+@rule("t")
+@rule(torch.t)
+def _t(call: "Call", x: Value) -> Value:
+    return Value(call.shape, x.dims[::-1])
+
+
 @rule("unsqueeze")
 @rule(torch.unsqueeze)
 def _unsqueeze(call: "Call", x: Value, dim: int) -> Value:
