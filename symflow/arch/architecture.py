@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from symflow.arch.layout import FIXED, Axis, Leaf
+from symflow.arch.layout import FIXED, Axis, Leaf, assemble, cut
 from symflow.arch.symmetry import Symmetry
 from symflow.arch.trace import trace
 from symflow.arch.verify import verify
@@ -239,35 +239,39 @@ class Architecture:
         """
         state = source.state_dict() if isinstance(source, nn.Module) else source
         self._check_names(state, name)
-        first = state[self.leaves[0].name]
-        batch = first.shape[: first.ndim - len(self.leaves[0].shape)]
-        for leaf in self.leaves:
-            x = state[leaf.name]
-            if x.shape != (*batch, *leaf.shape):
+        own = self.module.state_dict()
+        keys = list(dict.fromkeys(leaf.key for leaf in self.leaves))
+        first, shape = state[keys[0]], own[keys[0]].shape
+        batch = first.shape[: first.ndim - len(shape)]
+        for key in keys:
+            x, shape = state[key], tuple(own[key].shape)
+            if x.shape != (*batch, *shape):
                 raise LeafError(
-                    f"{name}: leaf {leaf.name!r} must have shape {(*batch, *leaf.shape)}, got "
-                    f"{tuple(x.shape)}"
+                    f"{name}: leaf {key!r} must have shape {(*batch, *shape)}, got {tuple(x.shape)}"
                 )
             if (x.dtype, x.device) != (first.dtype, first.device):
                 raise LeafError(
-                    f"{name}: leaves of mixed dtype or device: {self.leaves[0].name!r} is "
-                    f"{first.dtype} on {first.device}, {leaf.name!r} is {x.dtype} on {x.device}; "
+                    f"{name}: leaves of mixed dtype or device: {keys[0]!r} is "
+                    f"{first.dtype} on {first.device}, {key!r} is {x.dtype} on {x.device}; "
                     "convert the network first, as in net.to(device, dtype)"
                 )
         tolerance(first.dtype)
-        pieces = [state[leaf.name].detach().reshape(*batch, leaf.size) for leaf in self.leaves]
+        pieces = [
+            leaf.of(state[leaf.key].detach()).reshape(*batch, leaf.size) for leaf in self.leaves
+        ]
         return torch.cat(pieces, dim=-1)
 
     def unflatten(self, w: Float[Tensor, "*batch D"]) -> dict[str, Tensor]:
-        """Return named views (*batch, *leaf.shape) of flat weights; nothing is copied."""
+        """Return parameters (*batch, *shape) by key, as views where they are one leaf."""
         if w.shape[-1] != self.dimension:
             raise ShapeError(f"w must end with D = {self.dimension}, got {tuple(w.shape)}")
         # One split, not a slice for each leaf: its backward pass is one concatenation.
         pieces = w.split([leaf.size for leaf in self.leaves], dim=-1)
-        return {
-            leaf.name: piece.reshape((*w.shape[:-1], *leaf.shape))
-            for leaf, piece in zip(self.leaves, pieces, strict=True)
-        }
+        found: dict[str, list[tuple[Leaf, Tensor]]] = {}
+        for leaf, piece in zip(self.leaves, pieces, strict=True):
+            view = piece.reshape((*w.shape[:-1], *leaf.shape))
+            found.setdefault(leaf.key, []).append((leaf, view))
+        return {key: assemble(parts) for key, parts in found.items()}
 
     def state_dict(self, w: Float[Tensor, "*batch D"]) -> dict[str, Tensor]:
         """Return a complete state dict: the leaves, tied keys, and the template's counters."""
@@ -331,9 +335,24 @@ class Architecture:
     def _call(self, w: Tensor, inputs: tuple[Tensor, ...], in_dim: int | None) -> Tensor:
         batch = w.shape[:-1]
         state = self.unflatten(w.reshape(-1, w.shape[-1]))
-        dims = (0, *(in_dim for _ in inputs))
-        out = vmap(self._forward, in_dims=dims)(state, *inputs)
+        if self._loops:
+            rows = [
+                self._forward(
+                    {key: value[k] for key, value in state.items()},
+                    *(x if in_dim is None else x[k] for x in inputs),
+                )
+                for k in range(batch.numel())
+            ]
+            out = torch.stack(rows)
+        else:
+            dims = (0, *(in_dim for _ in inputs))
+            out = vmap(self._forward, in_dims=dims)(state, *inputs)
         return out.reshape((*batch, *out.shape[1:]))
+
+    @cached_property
+    def _loops(self) -> bool:
+        """Whether networks run one after the other: PyTorch cannot map over recurrent kernels."""
+        return any(isinstance(module, nn.RNNBase) for module in self.module.modules())
 
     def _forward(self, state: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         ties = {alias: state[name] for alias, name in self._ties}
@@ -351,7 +370,7 @@ class Architecture:
     # ---------------------------------------------------------------- checks
 
     def _check_names(self, state: StateDict, name: str) -> None:
-        wanted = {leaf.name for leaf in self.leaves}
+        wanted = {leaf.key for leaf in self.leaves}
         missing = sorted(wanted - set(state))
         if missing:
             raise LeafError(f"{name}: missing leaves {missing}; it has {sorted(state)[:12]}")
@@ -408,6 +427,7 @@ def _leaves(module: nn.Module, dims: dict[str, Any], aliases: dict[str, str]) ->
             raise SymmetryError(
                 f"the rule for leaf {key!r} labels {len(labels)} dimensions, it has {len(shape)}"
             )
-        leaves.append(Leaf(key, shape, labels, offset, key in parameters))
-        offset += leaves[-1].size
+        for leaf in cut(key, shape, labels):
+            leaves.append(replace(leaf, offset=offset, learnable=key in parameters))
+            offset += leaf.size
     return tuple(leaves)

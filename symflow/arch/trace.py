@@ -1,101 +1,20 @@
 """From a module to its axes: torch.fx gives the graph, the rules label it, union-find ties axes."""
 
+import operator
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from symflow.arch.layout import FIXED, Axis, Dim
+from symflow.arch.layout import FIXED, Axis, Dim, Label, Segments, each
 from symflow.arch.rules import Activation, Value, find_rule, require_rule
+from symflow.arch.tracing import Tracing, concatenated
 from symflow.errors import ShapeError, UnsupportedModuleError
-from symflow.groups import Group, Permutation, PositiveScale, Sign, Trivial
-
-
-@dataclass
-class _RawAxis:
-    """An axis while it is being found out: what has not been ruled out still acts on it."""
-
-    size: int
-    source: str
-    parent: str | None = None
-    hides_scale: bool = False  # its scale ends at a normalisation: degrees become 0 in the parent
-    sign: bool = True
-    scale: bool = True
-    fixed: str = ""
-    passed: list[str] = field(default_factory=lambda: [])
-
-
-@final
-class Tracing:
-    """The labels collected so far, and the union-find over axes."""
-
-    def __init__(self, names: dict[str, str]) -> None:
-        self.axes: dict[str, _RawAxis] = {}
-        self.leaves: dict[str, tuple[Dim, ...]] = {}
-        self.names = names  # alias -> canonical name, for tied weights
-
-    def new_axis(self, size: int, source: str) -> str:
-        """Open an axis on which everything acts until something speaks against it."""
-        name = f"#{len(self.axes)}"
-        self.axes[name] = _RawAxis(size, source)
-        return name
-
-    def resolve(self, dim: Dim) -> Dim:
-        """Follow an axis to its root, with the degree that is left there."""
-        if dim.axis is None:
-            return FIXED
-        axis, degree = dim.axis, dim.degree
-        while (parent := self.axes[axis].parent) is not None:
-            degree = 0 if self.axes[axis].hides_scale else degree
-            axis = parent
-        return replace(dim, axis=axis, degree=degree)
-
-    def fix(self, dim: Dim, reason: str) -> None:
-        """Nothing may act on this dimension's axis."""
-        root = self.resolve(dim).axis
-        if root is not None and not self.axes[root].fixed:
-            self.axes[root].fixed = reason
-
-    def unify(self, a: Dim, b: Dim, reason: str) -> None:
-        """Both dimensions must move together."""
-        a, b = self.resolve(a), self.resolve(b)
-        if a.axis is None or b.axis is None:
-            self.fix(a if b.axis is None else b, reason)
-            return
-        one, two = self.axes[a.axis], self.axes[b.axis]
-        if (one.size, a.outer, a.inner) != (two.size, b.outer, b.inner):
-            self.fix(a, reason)
-            self.fix(b, reason)
-            return
-        if a.degree != b.degree:
-            one.scale = False
-            one.sign = one.sign and (a.degree - b.degree) % 2 == 0
-        if a.axis != b.axis:
-            two.parent = a.axis
-            one.sign, one.scale = one.sign and two.sign, one.scale and two.scale
-            one.fixed = one.fixed or two.fixed
-            one.passed += two.passed
-
-    def label(self, name: str, dims: tuple[Dim, ...]) -> None:
-        """Label a leaf; a leaf used twice ties the axes of both uses together."""
-        name = self.names.get(name, name)
-        if name in self.leaves:
-            for a, b in zip(self.leaves[name], dims, strict=True):
-                self.unify(a, b, f"{name} is used more than once")
-        else:
-            self.leaves[name] = dims
-
-    def group(self, raw: _RawAxis) -> Group[Any]:
-        """Return what may act on a root axis."""
-        if raw.fixed:
-            return Trivial(raw.size)
-        group: Group[Any] = Permutation(raw.size)
-        group = group @ Sign(raw.size) if raw.sign else group
-        return group @ PositiveScale(raw.size) if raw.scale else group
+from symflow.groups import Trivial
 
 
 @final
@@ -138,15 +57,34 @@ class Call:
         """Open an axis for an outgoing dimension of ``size`` units."""
         return Dim(self.tracing.new_axis(size, self.path), 1)
 
-    def follow_axis(self, before: Dim) -> Dim:
-        """Open an axis that shares the permutation of ``before``, but is scaled on its own."""
-        raw = self.tracing.axes[self.tracing.resolve(before).axis or ""]
-        after = self.tracing.new_axis(raw.size, f"{raw.source} and {self.path}")
-        raw.parent, raw.hides_scale = after, True
-        self.tracing.axes[after].fixed = raw.fixed
-        return replace(before, axis=after, degree=1)
+    def follow_axis(self, before: Label) -> Label:
+        """Open axes that share the permutations of ``before``, but are scaled on their own."""
+        return each(self._follow, self.tracing.resolve(before))
 
-    def label(self, leaf: str, *dims: Dim) -> str:
+    def _follow(self, before: Dim) -> Dim:
+        if before.axis is None:
+            return FIXED
+        raw = self.tracing.axes[before.axis]
+        after = self.tracing.new_axis(raw.size, f"{raw.source} and {self.path}")
+        new = replace(before, axis=after, degree=1)
+        # Followed already by something that can still be scaled: one axis has one scale.
+        if before.degree == 0 and raw.scale:
+            self.tracing.share_permutation(before, new, self.path)
+        else:
+            self.tracing.share_permutation(new, before, self.path)
+        return new
+
+    def permuted(self, label: Label) -> Label:
+        """Return a dimension that is permuted with another one, but not scaled."""
+        return each(lambda dim: replace(dim, degree=0), label)
+
+    def contract(self, a: Label, b: Label) -> None:
+        """Sum over two dimensions: where one is multiplied by A, the other is by A^-T."""
+        self.tracing.unify(
+            a, each(Dim.dual, b), f"contracted with something that stays, at {self.path}"
+        )
+
+    def label(self, leaf: str, *dims: Label) -> str:
         """Say what the dimensions of one of the module's own leaves run over; return its key."""
         name = f"{self.path}.{leaf}" if self.path else leaf
         self.tracing.label(name, dims)
@@ -154,39 +92,16 @@ class Call:
 
     def elementwise(self, x: Value, activation: Activation) -> Value:
         """Pass ``x`` through a function of single elements: what it does not commute with, ends."""
-        dims: list[Dim] = []
         for dim in x.dims:
-            if dim.axis is not None:
-                raw = self.tracing.axes[self.tracing.resolve(dim).axis or ""]
-                raw.sign = raw.sign and (activation.odd or dim.degree % 2 == 0)
-                raw.scale = raw.scale and activation.homogeneous is not None
-                name = self.target if isinstance(self.target, str) else self.target.__name__
-                raw.passed.append(f"{name} commutes with {activation}")
-                dim = replace(dim, degree=dim.degree * (activation.homogeneous or 1))
-            dims.append(dim)
-        return Value(x.shape, tuple(dims))
+            self.tracing.weaken(dim, activation, self.name)
+        power = activation.homogeneous or 1
+        dims = tuple(each(lambda d: replace(d, degree=d.degree * power), dim) for dim in x.dims)
+        return Value(self.shape if len(self.shape) == len(dims) else x.shape, dims)
 
-    def flatten(self, x: Value, start: int, end: int) -> Value:
-        """Merge dimensions; an axis among them is repeated."""
-        n = len(x.dims)
-        start, end = start % n, end % n
-        moving = [k for k in range(start, end + 1) if x.dims[k].axis is not None]
-        size = _product(x.shape[start : end + 1])
-        if len(moving) > 1:
-            for k in moving:
-                self.tracing.fix(x.dims[k], f"flattened together with another axis at {self.path}")
-            moving = []
-        label = FIXED
-        if moving:
-            k = moving[0]
-            label = replace(
-                x.dims[k],
-                outer=_product(x.shape[start:k]) * x.dims[k].outer,
-                inner=x.dims[k].inner * _product(x.shape[k + 1 : end + 1]),
-            )
-        shape = (*x.shape[:start], size, *x.shape[end + 1 :])
-        made_by = x.made_by if start == end else ()
-        return Value(shape, (*x.dims[:start], label, *x.dims[end + 1 :]), made_by)
+    @property
+    def name(self) -> str:
+        """What the operation is called."""
+        return self.target if isinstance(self.target, str) else self.target.__name__
 
 
 @final
@@ -194,7 +109,7 @@ class Call:
 class Trace:
     """What tracing found: labels of leaves, axes that move, axes that do not, the last layer."""
 
-    leaves: dict[str, tuple[Dim, ...]]
+    leaves: dict[str, tuple[Label, ...]]
     axes: tuple[Axis, ...]
     fixed: tuple[Axis, ...]
     output: tuple[str, ...]
@@ -231,9 +146,8 @@ def _finish(tracing: Tracing, output: Value) -> Trace:
     names: dict[str, str] = {}
     moving: list[Axis] = []
     fixed: list[Axis] = []
-    for key, raw in tracing.axes.items():
-        if raw.parent is not None:
-            continue
+    for key in tracing.in_order():
+        raw = tracing.axes[key]
         if raw.fixed:
             name = "output" if raw.fixed.startswith("read out") else f"fixed {len(fixed)}"
             fixed.append(Axis(name, raw.size, Trivial(raw.size), f"{raw.source}: {raw.fixed}"))
@@ -242,9 +156,12 @@ def _finish(tracing: Tracing, output: Value) -> Trace:
         why = f"out of {raw.source}; " + ("; ".join(dict.fromkeys(raw.passed)) or "linear")
         moving.append(Axis(names[key], raw.size, tracing.group(raw), why))
 
-    def final(dim: Dim) -> Dim:
-        dim = tracing.resolve(dim)
+    def named(dim: Dim) -> Dim:
         return replace(dim, axis=names[dim.axis]) if dim.axis in names else FIXED
+
+    def final(label: Label) -> Label:
+        found = each(named, tracing.resolve(label))
+        return concatenated(list(found.parts)) if isinstance(found, Segments) else found
 
     leaves = {name: tuple(map(final, dims)) for name, dims in tracing.leaves.items()}
     return Trace(leaves, tuple(moving), tuple(fixed), output.made_by)
@@ -298,18 +215,20 @@ class _Interpreter(fx.Interpreter):
                     f"the module must return one tensor, it returns {type(result).__name__}"
                 )
             self.result = label
-        elif isinstance(result, Tensor):
-            self.labels[n] = self._apply(n, tuple(result.shape))
+        elif _has_tensors(result):
+            self.labels[n] = self._apply(n, result)
         return result
 
-    def _apply(self, n: fx.Node, shape: tuple[int, ...]) -> Value:
+    def _apply(self, n: fx.Node, result: Any) -> Any:
+        shape = tuple(result.shape) if isinstance(result, Tensor) else ()
         if n.op == "placeholder":
-            return Value(shape, (FIXED,) * len(shape))
+            return map_aggregate(result, _unlabelled)
         if n.op == "get_attr":
-            raise UnsupportedModuleError(
-                f"the leaf {n.target!r} is used directly in forward: put it into a submodule and "
-                "register a rule for that with symflow.arch.rule"
-            )
+            return self._parameter(str(n.target), result)
+        args = map_aggregate(n.args, self._label)
+        options = map_aggregate(n.kwargs, self._label)
+        if n.target is operator.getitem and not isinstance(args[0], Value):
+            return args[0][args[1]]
         target, path, module = n.target, n.name, self.module
         if n.op == "call_module":
             path = str(n.target)
@@ -317,23 +236,48 @@ class _Interpreter(fx.Interpreter):
             target = type(module)
         rule = require_rule(target, path)
         call = Call(self.tracing, target, path, module, shape)
-        args = map_aggregate(n.args, self._label)
-        options = map_aggregate(n.kwargs, self._label)
         if isinstance(rule, Activation):
             value = call.elementwise(_first_value(args, options, path), rule)
         else:
             value = _run(rule, call, args, options)
-        if value.shape != shape:
+        if isinstance(result, Tensor) and value.shape != shape:
             raise ShapeError(
                 f"the rule for {path!r} labels a result of shape {value.shape}, but it is {shape}"
             )
         return value
 
+    def _parameter(self, name: str, value: Tensor) -> Value:
+        """Label a parameter used as it is: what acts on it follows from what is done with it."""
+        shape = tuple(value.shape)
+        if not value.is_floating_point():
+            return _unlabelled(value)
+        dims = tuple(
+            Dim(self.tracing.new_axis(size, name), 1) if size > 1 else FIXED for size in shape
+        )
+        self.tracing.label(name, dims)
+        return Value(shape, dims)
+
     def _label(self, x: Any) -> Any:
-        return self.labels.get(x) if isinstance(x, fx.Node) else x
+        """Return the label of a node; where it has none (a size, say) what it is."""
+        if not isinstance(x, fx.Node):
+            return x
+        return self.labels[x] if x in self.labels else self.env[x]
 
 
-def _run(rule: Callable[..., Value], call: Call, args: Any, options: Any) -> Value:
+def _has_tensors(result: Any) -> bool:
+    if isinstance(result, tuple | list):
+        return any(_has_tensors(x) for x in result)
+    return isinstance(result, Tensor)
+
+
+def _unlabelled(x: Any) -> Any:
+    """Label a tensor on which nothing acts; leave other things as they are."""
+    if not isinstance(x, Tensor):
+        return x
+    return Value(tuple(x.shape), (FIXED,) * x.ndim)
+
+
+def _run(rule: Callable[..., Any], call: Call, args: Any, options: Any) -> Any:
     try:
         return rule(call, *args, **options)
     except TypeError as error:
@@ -347,10 +291,3 @@ def _first_value(args: Any, options: Any, path: str) -> Value:
         if isinstance(x, Value):
             return x
     raise UnsupportedModuleError(f"{path!r} has no tensor among its arguments")
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    n = 1
-    for size in sizes:
-        n *= size
-    return n

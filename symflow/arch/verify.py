@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from symflow.arch.layout import Leaf
+from symflow.arch.layout import Leaf, assemble
 from symflow.arch.symmetry import Symmetry
 from symflow.errors import SymmetryError
 from symflow.numerics import tolerance
@@ -54,7 +54,8 @@ def verify(
         w = _random_weights(leaves, dict(double.state_dict()), generator)
         before = _run(double, leaves, w, inputs)
         if not bool(before.isfinite().all()):
-            w = torch.cat([double.state_dict()[leaf.name].reshape(-1) for leaf in leaves])
+            own = double.state_dict()
+            w = torch.cat([leaf.of(own[leaf.key]).reshape(-1) for leaf in leaves])
             before = _run(double, leaves, w, inputs)
         g = symmetry.random(generator=generator, like=w)
         change = _change(before, _run(double, leaves, symmetry.act(g, w), inputs))
@@ -94,7 +95,10 @@ def _change(before: Tensor, after: Tensor) -> float:
 
 
 def _run(module: nn.Module, leaves: tuple[Leaf, ...], w: Tensor, inputs: tuple[Any, ...]) -> Tensor:
-    state = {leaf.name: w[leaf.span].reshape(leaf.shape) for leaf in leaves}
+    parts: dict[str, list[tuple[Leaf, Tensor]]] = {}
+    for leaf in leaves:
+        parts.setdefault(leaf.key, []).append((leaf, w[leaf.span].reshape(leaf.shape)))
+    state = {key: assemble(found) for key, found in parts.items()}
     with torch.no_grad():
         return functional_call(module, state, inputs)
 
@@ -112,7 +116,7 @@ def _random_weights(
     pieces: list[Tensor] = []
     for leaf in leaves:
         noise = torch.randn(leaf.size, generator=generator, dtype=torch.float64)
-        value = own[leaf.name].reshape(-1)
+        value = leaf.of(own[leaf.key]).reshape(-1)
         if leaf.learnable:
             fan_in = max(1, leaf.size // leaf.shape[0]) if len(leaf.shape) > 1 else 1
             pieces.append(noise * 1.5 / fan_in**0.5)

@@ -27,7 +27,7 @@ def inspect(args: argparse.Namespace) -> None:
     w = network.weights(arch)
     rows = [
         [
-            *_described(leaf.name, network.tensors[leaf.name]),
+            *_described(leaf.name, leaf.of(network.tensors[leaf.key])),
             " x ".join(d.axis or "-" for d in leaf.dims) or "-",
             _number(w[leaf.span].norm()),
         ]

@@ -51,11 +51,11 @@ class Source(ABC):
         starts, fans = _starting_values(arch)
         pieces: list[Tensor] = []
         for leaf in arch.leaves:
-            if leaf.name in fans:
+            if leaf.key in fans:
                 noise = self.draw((n, leaf.size), generator)
-                pieces.append(noise * self.spread(leaf, fans[leaf.name]))
+                pieces.append(noise * self.spread(leaf, fans[leaf.key]))
             else:
-                start = starts[leaf.name].to(generator.device, torch.float64)
+                start = leaf.of(starts[leaf.key]).to(generator.device, torch.float64)
                 pieces.append(start.reshape(-1).expand(n, leaf.size))
         return torch.cat(pieces, dim=-1).to(dtype)
 

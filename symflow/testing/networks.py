@@ -242,5 +242,5 @@ def _make_variances_positive(arch: Architecture, w: Tensor) -> None:
     """Keep positive what is positive in a fresh module: a running variance."""
     fresh = arch.module.state_dict()
     for leaf in arch.leaves:
-        if not leaf.learnable and bool((fresh[leaf.name] > 0).all()):
+        if not leaf.learnable and bool((leaf.of(fresh[leaf.key]) > 0).all()):
             w[..., leaf.span] = w[..., leaf.span].abs() + 1

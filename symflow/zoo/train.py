@@ -219,7 +219,7 @@ class _Training:
             name: leaf.to(s.device).clone(memory_format=torch.contiguous_format)
             for name, leaf in arch.unflatten(self.initial).items()
         }
-        names = [leaf.name for leaf in arch.leaves if leaf.learnable]
+        names = dict.fromkeys(leaf.key for leaf in arch.leaves if leaf.learnable)
         self.parameters = [self.leaves[name].requires_grad_() for name in names]
         self.optimizer = s.optimizer_over(self.parameters)
         self.history = torch.full((s.runs, s.epochs), math.nan, dtype=s.dtype)
@@ -234,7 +234,7 @@ class _Training:
 
     def weights(self) -> Float[Tensor, "R D"]:
         """Return all coordinates as they are now, in main memory."""
-        rows = [self.leaves[leaf.name].detach().flatten(1) for leaf in self.arch.leaves]
+        rows = [leaf.of(self.leaves[leaf.key].detach()).flatten(1) for leaf in self.arch.leaves]
         return torch.cat(rows, dim=1).cpu()
 
     def run_epoch(self, bar: "tqdm[Any]") -> None:

@@ -4,20 +4,12 @@ A rule says what one operation does to the labels of its input: which axis each 
 and with which degree. An activation needs no code, only its properties (:class:`Activation`).
 """
 
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, final
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar, final
 
-import torch
-from torch import nn
-from torch.nn import functional as F
-
-from symflow.arch.layout import FIXED, Dim
+from symflow.arch.layout import Label
 from symflow.errors import UnsupportedModuleError
-
-if TYPE_CHECKING:
-    from symflow.arch.trace import Call
 
 
 @final
@@ -72,15 +64,16 @@ class Value:
 
     Examples
     --------
+    >>> from symflow.arch import FIXED, Dim
     >>> Value((8, 3), (FIXED, Dim("h1", 1))).with_dim(-1, Dim("h2", 1), 5).shape
     (8, 5)
     """
 
     shape: tuple[int, ...]
-    dims: tuple[Dim, ...]
+    dims: tuple[Label, ...]
     made_by: tuple[str, ...] = ()
 
-    def with_dim(self, dim: int, label: Dim, size: int) -> "Value":
+    def with_dim(self, dim: int, label: Label, size: int) -> "Value":
         """Replace one dimension: its label and its size."""
         shape, dims = list(self.shape), list(self.dims)
         shape[dim], dims[dim] = size, label
@@ -156,105 +149,6 @@ def require_rule(target: Any, path: str) -> Activation | Callable[..., Value]:
             f"no symmetry rule for {name!r} ({module or 'tensor method'}) at {path!r}. Register "
             f"one: symflow.arch.rule({name}, symflow.arch.Activation(odd=..., homogeneous=...)) if "
             "it acts on each element alone, else decorate a function (call, *inputs) -> Value with "
-            f"@symflow.arch.rule({name}); symflow/arch/rules.py shows the one of nn.Linear"
+            f"@symflow.arch.rule({name}); symflow/arch/rules/linear.py shows the one of nn.Linear"
         )
     return found
-
-
-for _target in (nn.ReLU, F.relu, torch.relu, "relu", nn.LeakyReLU, F.leaky_relu):
-    rule(_target, RELU)
-for _target in (
-    *(nn.Tanh, torch.tanh, F.tanh, "tanh", torch.sin, "sin", torch.erf, "erf"),
-    *(nn.Hardtanh, F.hardtanh, nn.Softsign, F.softsign, nn.Tanhshrink, torch.arctan),
-):
-    rule(_target, ODD)
-for _target in (
-    *(nn.GELU, F.gelu, nn.SiLU, F.silu, nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"),
-    *(nn.Softplus, F.softplus, nn.ELU, F.elu, nn.Mish, F.mish, nn.SELU, F.selu, nn.CELU),
-    *(nn.Softmax, F.softmax, "softmax", nn.LogSoftmax, F.log_softmax, "log_softmax"),
-    *(nn.ReLU6, F.relu6, nn.Hardswish, nn.Hardsigmoid, torch.exp, torch.cos, "cos"),
-):
-    rule(_target, PLAIN)
-
-
-@rule(nn.Identity)
-@rule(nn.Dropout)
-@rule(F.dropout)
-@rule("contiguous")
-def _unchanged(call: "Call", x: Value, *_args: Any, **_options: Any) -> Value:
-    return x
-
-
-@rule(operator.mul)
-@rule(operator.truediv)
-def _times_constant(call: "Call", x: Any, y: Any) -> Value:
-    if isinstance(x, Value) and not isinstance(y, Value):
-        return call.elementwise(x, LINEAR)
-    if isinstance(y, Value) and not isinstance(x, Value) and call.target is operator.mul:
-        return call.elementwise(y, LINEAR)
-    raise UnsupportedModuleError(
-        f"{call.path!r}: products and quotients of two tensors have no rule; register one for "
-        f"{call.target}"
-    )
-
-
-@rule(nn.Linear)
-def _linear(call: "Call", x: Value) -> Value:
-    out = call.new_axis(call.module.out_features)
-    leaves = [call.label("weight", out, x.dims[-1].dual())]
-    if call.module.bias is not None:
-        leaves.append(call.label("bias", out))
-    moved = x.with_dim(-1, out, call.module.out_features)
-    return replace(moved, made_by=tuple(leaves))
-
-
-@rule(nn.PReLU)
-def _prelu(call: "Call", x: Value) -> Value:
-    channel = x.dims[1] if len(x.dims) > 1 and call.module.num_parameters > 1 else FIXED
-    call.label("weight", replace(channel, degree=0))
-    return call.elementwise(x, RELU)
-
-
-@rule(nn.BatchNorm1d)
-def _batch_norm(call: "Call", x: Value) -> Value:
-    # The normalisation hides the scale of what comes in, so two axes meet here: they share their
-    # permutation, but only the new one (gain, bias, next map) can be scaled.
-    before = x.dims[1]
-    if before.axis is None:
-        after = FIXED
-    elif call.module.affine:
-        after = call.follow_axis(before)
-    else:
-        after = call.elementwise(x, PLAIN).dims[1]
-    if call.module.affine:
-        call.label("weight", after)
-        call.label("bias", after)
-    if call.module.track_running_stats:
-        call.label("running_mean", replace(before, degree=0))
-        call.label("running_var", replace(before, degree=0))
-    return x.with_dim(1, after, x.shape[1])
-
-
-@rule(nn.Flatten)
-def _flatten_module(call: "Call", x: Value) -> Value:
-    return call.flatten(x, call.module.start_dim, call.module.end_dim)
-
-
-@rule(torch.flatten)
-@rule("flatten")
-def _flatten(call: "Call", x: Value, start_dim: int = 0, end_dim: int = -1) -> Value:
-    return call.flatten(x, start_dim, end_dim)
-
-
-@rule("view")
-@rule("reshape")
-@rule(torch.reshape)
-def _reshape(call: "Call", x: Value, *_shape: Any) -> Value:
-    if call.shape == x.shape:
-        return x
-    if len(call.shape) == 2 and call.shape[0] == x.shape[0]:
-        return call.flatten(x, 1, -1)
-    raise UnsupportedModuleError(
-        f"{call.path!r}: a reshape from {x.shape} to {call.shape} has no rule (only flattening all "
-        "but the batch has); use nn.Flatten, or register a rule"
-    )

@@ -1,0 +1,73 @@
+"""Functions of single elements, and pooling, which acts alike on every channel."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from symflow.arch.layout import FIXED
+from symflow.arch.rules.registry import Activation, Value, rule
+
+if TYPE_CHECKING:
+    from symflow.arch.trace import Call
+
+LINEAR = Activation(odd=True, homogeneous=1)
+RELU = Activation(homogeneous=1)
+ODD = Activation(odd=True)
+PLAIN = Activation()
+
+for _target in (
+    *(nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_", nn.LeakyReLU, F.leaky_relu),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
+    *(torch.max_pool1d, torch.max_pool2d),
+):
+    rule(_target, RELU)
+for _target in (
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate),
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad2d),
+    *(torch.neg, "neg"),
+):
+    rule(_target, LINEAR)
+for _target in (
+    *(nn.Tanh, torch.tanh, F.tanh, "tanh", torch.sin, "sin", torch.erf, "erf"),
+    *(nn.Hardtanh, F.hardtanh, nn.Softsign, F.softsign, nn.Tanhshrink, torch.arctan),
+):
+    rule(_target, ODD)
+for _target in (
+    *(nn.GELU, F.gelu, nn.SiLU, F.silu, nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"),
+    *(nn.Softplus, F.softplus, nn.ELU, F.elu, nn.Mish, F.mish, nn.SELU, F.selu, nn.CELU),
+    *(nn.Softmax, F.softmax, "softmax", nn.LogSoftmax, F.log_softmax, "log_softmax"),
+    *(nn.ReLU6, F.relu6, nn.Hardswish, F.hardswish, nn.Hardsigmoid, F.hardsigmoid),
+    *(torch.exp, "exp", torch.cos, "cos"),
+):
+    rule(_target, PLAIN)
+
+
+@rule(torch.square)
+@rule("square")
+def _square(call: "Call", x: Value) -> Value:
+    return call.elementwise(x, Activation(homogeneous=2))
+
+
+@rule(nn.Identity)
+@rule(nn.Dropout)
+@rule(nn.Dropout1d)
+@rule(nn.Dropout2d)
+@rule(nn.Dropout3d)
+@rule(F.dropout)
+@rule("contiguous")
+def _unchanged(call: "Call", x: Value, *_args: Any, **_options: Any) -> Value:
+    return x
+
+
+@rule(nn.PReLU)
+def _prelu(call: "Call", x: Value) -> Value:
+    channel = x.dims[1] if len(x.dims) > 1 and call.module.num_parameters > 1 else FIXED
+    call.label("weight", call.permuted(channel))
+    return call.elementwise(x, RELU)

@@ -1,0 +1,67 @@
+"""Recurrent layers: one permutation acts on all gates of a unit."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from symflow.arch.layout import FIXED, Dim, each
+from symflow.arch.rules.registry import Activation, Value, rule
+from symflow.arch.tracing import concatenated
+from symflow.errors import UnsupportedModuleError
+
+if TYPE_CHECKING:
+    from symflow.arch.trace import Call
+
+# Which of the gates hold the candidate state, behind an odd function: there a sign goes through.
+_LSTM = (0, 0, 1, 0)
+_GRU = (0, 0, 1)
+_RNN = (1,)
+
+
+@rule(nn.LSTM)
+def _lstm(call: "Call", x: Value, state: Any = None) -> Any:
+    if call.module.proj_size:
+        raise UnsupportedModuleError(f"{call.path!r}: an LSTM with projections has no rule")
+    output, hidden = _run(call, x, state, _LSTM)
+    return output, (hidden, hidden)
+
+
+@rule(nn.GRU)
+def _gru(call: "Call", x: Value, state: Any = None) -> Any:
+    return _run(call, x, state, _GRU)
+
+
+@rule(nn.RNN)
+def _rnn(call: "Call", x: Value, state: Any = None) -> Any:
+    return _run(call, x, state, _RNN)
+
+
+def _run(call: "Call", x: Value, state: Any, candidates: tuple[int, ...]) -> Any:
+    """Label all layers and directions, and return the labels of outputs and last states."""
+    layer, width = call.module, call.module.hidden_size
+    relu = layer.mode == "RNN_RELU"
+    through = Activation(odd=not relu, homogeneous=1 if relu else None)
+    before, units = x.dims[-1], list[Dim]()
+    for k in range(layer.num_layers):
+        outs: list[Dim] = []
+        for suffix in ("", "_reverse")[: 1 + layer.bidirectional]:
+            unit = call.new_axis(width)
+            call.tracing.weaken(unit, through, layer.mode.lower())
+            if state is not None:
+                call.tracing.fix(unit, f"started from a state that stays, at {call.path}")
+            gates = concatenated([(replace(unit, degree=odd), width) for odd in candidates])
+            call.label(f"weight_ih_l{k}{suffix}", gates, each(Dim.dual, before))
+            call.label(f"weight_hh_l{k}{suffix}", gates, unit.dual())
+            for bias in ("ih", "hh") if layer.bias else ():
+                call.label(f"bias_{bias}_l{k}{suffix}", gates)
+            outs.append(unit)
+        before = concatenated([(unit, width) for unit in outs])
+        units += outs
+    middle = (FIXED,) * (len(x.dims) - 1)
+    output = Value((*x.shape[:-1], width * len(outs)), (*middle, before))
+    batch = x.shape[0] if layer.batch_first else x.shape[-2]
+    if len(units) == 1:
+        return output, Value((1, batch, width), (FIXED, FIXED, units[0]))
+    # One label for each layer and direction, whose units differ: picked by an index.
+    return output, tuple(Value((batch, width), (FIXED, unit)) for unit in units)

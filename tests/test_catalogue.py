@@ -1,0 +1,87 @@
+"""Every architecture of the catalogue has the symmetry that was worked out by hand."""
+
+import pytest
+import torch
+from catalogue import CATALOGUE
+from torch import nn
+
+import symflow
+from symflow.groups import CompactProduct, NoncompactProduct, Permutation, PositiveScale, Sign
+
+KINDS = {Permutation: "perm", Sign: "sign", PositiveScale: "scale"}
+
+
+def told(axis) -> str:
+    """An axis in the words of the catalogue."""
+    left, kinds = [axis.group], []
+    while left:
+        group = left.pop(0)
+        if isinstance(group, CompactProduct | NoncompactProduct):
+            left = [group.outer, group.inner, *left]
+        else:
+            kinds.append(KINDS[type(group)])
+    return f"{axis.size} {' '.join(kinds)}"
+
+
+@pytest.fixture(scope="module", params=CATALOGUE, ids=lambda entry: entry.name)
+def entry(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def arch(entry):
+    return symflow.Architecture.from_module(entry.make(), *entry.inputs)
+
+
+def test_groups_are_those_expected(entry, arch):
+    assert [told(axis) for axis in arch.axes] == list(entry.axes)
+
+
+def test_the_function_stays_and_the_weights_move(entry, arch):
+    generator = torch.Generator().manual_seed(1)
+    w = arch.flatten(entry.make().double())
+    w[: arch.num_parameters] += torch.randn(arch.num_parameters, generator=generator).double() / 3
+    inputs = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        if x.is_floating_point()
+        else x
+        for x in entry.inputs
+    ]
+    before = arch.apply(w, *inputs)
+    moved = arch.symmetry.act(arch.symmetry.random(generator=generator, like=w, batch=(5,)), w)
+    assert not torch.allclose(moved, w.expand_as(moved))
+    assert (arch.apply(moved, *inputs) - before).abs().max() <= 1e-9 * before.abs().max()
+
+
+def test_weights_survive_the_round_trip(entry, arch):
+    module = entry.make()
+    w = arch.flatten(module)
+    state = arch.state_dict(w)
+    for key, value in module.state_dict().items():
+        assert torch.equal(state[key].to(value), value), key
+    assert torch.equal(arch.flatten(arch.load_into(entry.make(), w)), w)
+
+
+def test_distances_do_not_depend_on_the_place_on_the_orbit(entry, arch):
+    generator = torch.Generator().manual_seed(2)
+    w0, w1 = (arch.flatten(entry.make().double()) for _ in range(2))
+    q = symflow.Quotient(arch)
+    d = q.distance(w0, w1)
+    for _ in range(3):
+        g, h = (arch.symmetry.random(generator=generator, like=w0) for _ in range(2))
+        moved = q.distance(arch.symmetry.act(g, w0), arch.symmetry.act(h, w1))
+        assert float(moved) == pytest.approx(float(d), rel=1e-8)
+    assert float(q.distance(w0, arch.symmetry.act(g, w0))) <= 1e-6 * float(d)
+
+
+def test_no_unit_is_left_out():
+    """Every hidden channel of a ResNet-20 moves, shortcuts included."""
+    entry = next(e for e in CATALOGUE if e.name == "ResNet-20")
+    arch = symflow.Architecture.from_module(entry.make(), *entry.inputs)
+    for leaf in arch.leaves:
+        if len(leaf.shape) == 4:
+            outward, inward, *_ = leaf.dims
+            assert outward.axis is not None, leaf.name
+            assert (inward.axis is None) == (leaf.shape[1] == 3), leaf.name
+    assert isinstance(arch.module, nn.Module)
