@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from symflow.arch.layout import FIXED, Axis, Leaf, assemble, cut
 from symflow.arch.symmetry import Symmetry
 from symflow.arch.trace import trace
 from symflow.arch.verify import verify
-from symflow.errors import LeafError, ShapeError, SymmetryError
+from symflow.errors import LeafError, ShapeError, SymmetryError, UnsupportedModuleError
 from symflow.groups import Group
 from symflow.numerics import tolerance
 
@@ -86,13 +88,16 @@ class Architecture:
         Raises
         ------
         UnsupportedModuleError
-            If tracing fails or an operation has no rule (:func:`symflow.arch.rule`).
+            If tracing fails, an operation has no rule (:func:`symflow.arch.rule`), or the module
+            has hooks or parametrisations, which tracing does not see.
+        ShapeError
+            If the module does not run on the example inputs.
         SymmetryError
             If a rule claims a symmetry that changes the output.
 
         Notes
         -----
-        Costs one traced forward pass, and four in float64 for the check.
+        Costs two forward passes, and a dozen in float64 for the check.
 
         Examples
         --------
@@ -101,7 +106,7 @@ class Architecture:
         >>> arch.symmetry["h1"].group
         Permutation(size=8) @ Sign(size=8)
         """
-        template = copy.deepcopy(module).eval().requires_grad_(False)
+        template = _template(module, example_inputs)
         names, aliases = _canonical_names(template)
         found = trace(template, example_inputs, names)
         leaves = _leaves(template, found.leaves, dict(aliases))
@@ -217,12 +222,24 @@ class Architecture:
         elif isinstance(w, nn.Module | Mapping):
             flat = self.flatten(w, name=name)
         else:
-            parts = [self.as_weights(x, name=f"{name}[{k}]") for k, x in enumerate(w)]
-            if not parts:
-                raise ShapeError(f"{name} is an empty sequence: at least one network is needed")
-            flat = torch.stack(parts)
+            flat = self._stack(w, name)
         self._refuse_nonfinite(flat, name)
         return flat
+
+    def _stack(self, w: Any, name: str) -> Tensor:
+        if not isinstance(w, Sequence) or isinstance(w, str | bytes):
+            instead = ", its .final say" if hasattr(w, "final") else ""
+            raise ShapeError(
+                f"{name} must be a flat tensor, a state dict, a module, or a sequence of these, "
+                f"got {type(w).__name__}; give the weights in it{instead}"
+            )
+        parts = [self.as_weights(x, name=f"{name}[{k}]") for k, x in enumerate(w)]
+        shapes = {tuple(part.shape) for part in parts}
+        if len(shapes) != 1:
+            raise ShapeError(
+                f"{name} must hold one network or more, all of one shape, got {sorted(shapes)}"
+            )
+        return torch.stack(parts)
 
     def flatten(
         self, source: "StateDict | nn.Module", *, name: str = "state dict"
@@ -256,6 +273,12 @@ class Architecture:
                     "convert the network first, as in net.to(device, dtype)"
                 )
         tolerance(first.dtype)
+        for alias, key in self.aliases:
+            if alias in state and not torch.equal(state[alias], state[key]):
+                raise LeafError(
+                    f"{name}: {alias!r} is tied to {key!r} in this architecture, but they differ: "
+                    "trace a module in which they are not tied"
+                )
         pieces = [
             leaf.of(state[leaf.key].detach()).reshape(*batch, leaf.size) for leaf in self.leaves
         ]
@@ -335,6 +358,9 @@ class Architecture:
     def _call(self, w: Tensor, inputs: tuple[Tensor, ...], in_dim: int | None) -> Tensor:
         batch = w.shape[:-1]
         state = self.unflatten(w.reshape(-1, w.shape[-1]))
+        # Running statistics are not learned, and torch cannot differentiate by them.
+        fixed = {leaf.key for leaf in self.leaves if not leaf.learnable}
+        state = {key: x.detach() if key in fixed else x for key, x in state.items()}
         if self._loops:
             rows = [
                 self._forward(
@@ -373,7 +399,10 @@ class Architecture:
         wanted = {leaf.key for leaf in self.leaves}
         missing = sorted(wanted - set(state))
         if missing:
-            raise LeafError(f"{name}: missing leaves {missing}; it has {sorted(state)[:12]}")
+            raise LeafError(
+                f"{name}: missing leaves {missing}; it has {sorted(state)[:12]}. Pass the whole "
+                "state dict of a network of this architecture"
+            )
         unknown = sorted(set(state) - set(self.module.state_dict()))
         if unknown:
             raise LeafError(
@@ -409,6 +438,39 @@ def _canonical_names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str
         for key, value in pairs:
             names[key] = first.setdefault(id(value), key)
     return names, tuple((k, v) for k, v in names.items() if k != v)
+
+
+def _template(module: Any, inputs: tuple[Any, ...]) -> nn.Module:
+    """Copy a module for tracing, after looking at what tracing would stumble over."""
+    if not isinstance(module, nn.Module):
+        raise UnsupportedModuleError(
+            f"module must be an nn.Module (an instance, not its class), got {module!r:.80}"
+        )
+    for path, part in module.named_modules():
+        where = f"{path or 'the module'} ({type(part).__name__})"
+        if any(map(is_lazy, (*part.parameters(False), *part.buffers(False)))):
+            raise UnsupportedModuleError(f"{where} is lazy: run the module once before")
+        hooks = (vars(part)["_forward_pre_hooks"], vars(part)["_forward_hooks"])
+        if parametrize.is_parametrized(part) or any(hooks):
+            raise UnsupportedModuleError(
+                f"{where} has a parametrisation or hooks, which tracing does not see: remove them "
+                "first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm)"
+            )
+    if any(value.is_complex() for value in module.state_dict().values()):
+        raise UnsupportedModuleError("complex parameters have no rules; use their real parts")
+    if not any(value.is_floating_point() for value in module.state_dict().values()):
+        raise UnsupportedModuleError(f"{type(module).__name__} has no weights")
+    template = copy.deepcopy(module).eval().requires_grad_(False)
+    try:
+        with torch.no_grad():
+            template(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))
+    except Exception as error:
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]
+        raise ShapeError(
+            f"{type(module).__name__} does not run on the example inputs {shapes}: {error}. Give "
+            "what its forward takes, in the module's dtype; the first dimension is the batch"
+        ) from error
+    return template
 
 
 def _leaves(module: nn.Module, dims: dict[str, Any], aliases: dict[str, str]) -> tuple[Leaf, ...]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from operator import index
 from typing import Any
 
 import torch
@@ -62,17 +63,21 @@ def mlp(
     >>> arch.dimension, str(arch.axes[0].group)
     (7960, 'Permutation(size=10) @ PositiveScale(size=10)')
     """
-    sizes = [int(n) for n in widths]
+    try:
+        sizes = [index(n) for n in widths]
+    except TypeError:
+        sizes = []
     if len(sizes) < 2 or min(sizes) < 1:
-        raise ShapeError(f"widths must be two or more positive sizes, got {list(widths)}")
+        raise ShapeError(f"widths must be two or more positive integers, got {widths!r}")
     if activation not in ACTIVATIONS:
         raise ShapeError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
-    layers: list[nn.Module] = []
-    for k, (n_in, n_out) in enumerate(pairwise(sizes)):
-        layers.append(nn.Linear(n_in, n_out, bias=bias))
-        if k < len(sizes) - 2:
-            layers += [nn.BatchNorm1d(n_out)] if batch_norm else []
-            layers.append(ACTIVATIONS[activation]())
+    with torch.random.fork_rng(devices=[]):  # the template's weights are nobody's business
+        layers: list[nn.Module] = []
+        for k, (n_in, n_out) in enumerate(pairwise(sizes)):
+            layers.append(nn.Linear(n_in, n_out, bias=bias))
+            if k < len(sizes) - 2:
+                layers += [nn.BatchNorm1d(n_out)] if batch_norm else []
+                layers.append(ACTIVATIONS[activation]())
     arch = Architecture.from_module(nn.Sequential(*layers), torch.zeros(2, sizes[0]))
     config = {"kind": "mlp", "widths": sizes, "activation": activation}
     return replace(arch, config=config | {"bias": bias, "batch_norm": batch_norm})

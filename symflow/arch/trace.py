@@ -136,7 +136,8 @@ def trace(module: nn.Module, inputs: tuple[Any, ...], names: dict[str, str]) -> 
     graph = _symbolic(module)
     interpreter = _Interpreter(graph, tracing)
     with torch.no_grad():
-        interpreter.run(*inputs)
+        # Clones: a first layer may work in place.
+        interpreter.run(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))
     return _finish(tracing, interpreter.result)
 
 
@@ -225,8 +226,8 @@ class _Interpreter(fx.Interpreter):
             return map_aggregate(result, _unlabelled)
         if n.op == "get_attr":
             return self._parameter(str(n.target), result)
-        args = map_aggregate(n.args, self._label)
-        options = map_aggregate(n.kwargs, self._label)
+        args: Any = map_aggregate(n.args, self._label)
+        options: Any = map_aggregate(n.kwargs, self._label)
         if n.target is operator.getitem and not isinstance(args[0], Value):
             return args[0][args[1]]
         target, path, module = n.target, n.name, self.module

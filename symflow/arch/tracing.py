@@ -156,20 +156,17 @@ class Tracing:
         one, two = self.resolve(a), self.resolve(b)
         if isinstance(one, Dim) and isinstance(two, Dim):
             return [(one, two)]
-        if isinstance(one, Segments):
-            halves = self.cut(two, tuple(n for _, n in one.parts))
-        else:
-            halves = self.cut(one, tuple(n for _, n in two.parts)) if one != two else None
-        first, second = self.roots(a), self.roots(b)
-        if halves is None or (len(first) != len(second) and FIXED not in (one, two)):
-            self.fix(a, reason)
-            self.fix(b, reason)
-            return []
-        if one == FIXED or two == FIXED:
-            self.fix(a, reason)
-            self.fix(b, reason)
-            return []
-        return list(zip(first, second, strict=True))
+        if FIXED not in (one, two):
+            for label, other in ((a, b), (b, a)):
+                found = self.resolve(other)
+                if isinstance(found, Segments):
+                    self.cut(label, tuple(n for _, n in found.parts))
+            first, second = self.roots(a), self.roots(b)
+            if len(first) == len(second):
+                return list(zip(first, second, strict=True))
+        self.fix(a, reason)
+        self.fix(b, reason)
+        return []
 
     def unify(self, a: Label, b: Label, reason: str) -> None:
         """Both dimensions must move alike."""

@@ -9,10 +9,11 @@ from torch.func import functional_call
 
 from symflow.arch.layout import Leaf, assemble
 from symflow.arch.symmetry import Symmetry
-from symflow.errors import SymmetryError
+from symflow.errors import SymmetryError, UnsupportedModuleError
 from symflow.numerics import tolerance
 
-_DRAWS = 3
+# Inputs of several sizes: a function that saturates is odd, or linear, on small ones.
+_SCALES = (1.0, 1.0, 10.0, 100.0)
 _SEED = 0
 
 
@@ -30,7 +31,7 @@ def verify(
     module
         The network in evaluation mode; it is copied, not changed.
     inputs
-        Example inputs; floating point ones are replaced by standard normal draws.
+        Example inputs; floating point ones are replaced by normal draws of several sizes.
     leaves
         Leaves in flat order.
     symmetry
@@ -45,22 +46,34 @@ def verify(
     ------
     SymmetryError
         If the function changes; it names axis, group and size of the change.
+    UnsupportedModuleError
+        If the same weights and inputs give different outputs.
     """
+    if not symmetry.axes:
+        return 0.0
     double = copy.deepcopy(module).double().eval()
     generator = torch.Generator().manual_seed(_SEED)
-    inputs = tuple(_random_input(x, generator) for x in inputs)
     worst = 0.0
-    for _ in range(_DRAWS):
+    for scale in _SCALES:
+        given = tuple(_random_input(x, scale, generator) for x in inputs)
         w = _random_weights(leaves, dict(double.state_dict()), generator)
-        before = _run(double, leaves, w, inputs)
+        before = _run(double, leaves, w, given)
         if not bool(before.isfinite().all()):
             own = double.state_dict()
             w = torch.cat([leaf.of(own[leaf.key]).reshape(-1) for leaf in leaves])
-            before = _run(double, leaves, w, inputs)
+            before = _run(double, leaves, w, given)
+        if not bool(before.isfinite().all()):
+            continue
+        if not torch.equal(_run(double, leaves, w, given), before):
+            raise UnsupportedModuleError(
+                f"{type(module).__name__} gives different outputs for the same weights and inputs "
+                "in evaluation mode, so no symmetry can be tried: is dropout called as "
+                "F.dropout(x) without training=self.training?"
+            )
         g = symmetry.random(generator=generator, like=w)
-        change = _change(before, _run(double, leaves, symmetry.act(g, w), inputs))
+        change = _change(before, _run(double, leaves, symmetry.act(g, w), given))
         if not change <= tolerance(torch.float64).symmetry:
-            raise SymmetryError(_blame(double, leaves, symmetry, g, w, before, inputs))
+            raise SymmetryError(_blame(double, leaves, symmetry, g, w, before, given))
         worst = max(worst, change)
     return worst
 
@@ -99,13 +112,15 @@ def _run(module: nn.Module, leaves: tuple[Leaf, ...], w: Tensor, inputs: tuple[A
     for leaf in leaves:
         parts.setdefault(leaf.key, []).append((leaf, w[leaf.span].reshape(leaf.shape)))
     state = {key: assemble(found) for key, found in parts.items()}
+    # Clones: a first layer may work in place.
+    given = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
     with torch.no_grad():
-        return functional_call(module, state, inputs)
+        return functional_call(module, state, given)
 
 
-def _random_input(x: Any, generator: torch.Generator) -> Any:
+def _random_input(x: Any, scale: float, generator: torch.Generator) -> Any:
     if isinstance(x, Tensor) and x.is_floating_point():
-        return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        return scale * torch.randn(x.shape, generator=generator, dtype=torch.float64)
     return x
 
 
@@ -118,7 +133,7 @@ def _random_weights(
         noise = torch.randn(leaf.size, generator=generator, dtype=torch.float64)
         value = leaf.of(own[leaf.key]).reshape(-1)
         if leaf.learnable:
-            fan_in = max(1, leaf.size // leaf.shape[0]) if len(leaf.shape) > 1 else 1
+            fan_in = max(1, leaf.size // max(1, leaf.shape[0])) if len(leaf.shape) > 1 else 1
             pieces.append(noise * 1.5 / fan_in**0.5)
         elif bool((value > 0).all()):  # variances must stay positive
             pieces.append(value * (noise / 2).exp())

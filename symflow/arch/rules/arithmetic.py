@@ -67,7 +67,7 @@ def _gated(call: "Call", a: Label, b: Label) -> Label:
 @rule(operator.truediv)
 @rule(torch.div)
 @rule("div")
-def _divide(call: "Call", x: Value, y: Any) -> Value:
+def _divide(call: "Call", x: Any, y: Any) -> Value:
     if isinstance(y, Value):
         return _multiply(call, x, call.elementwise(y, PLAIN))
     return call.elementwise(x, LINEAR)

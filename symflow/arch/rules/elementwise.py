@@ -1,5 +1,6 @@
 """Functions of single elements, and pooling, which acts alike on every channel."""
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,12 +32,12 @@ for _target in (
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate),
     *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad2d),
-    *(torch.neg, "neg"),
+    *(torch.neg, "neg", operator.neg),
 ):
     rule(_target, LINEAR)
 for _target in (
     *(nn.Tanh, torch.tanh, F.tanh, "tanh", torch.sin, "sin", torch.erf, "erf"),
-    *(nn.Hardtanh, F.hardtanh, nn.Softsign, F.softsign, nn.Tanhshrink, torch.arctan),
+    *(nn.Softsign, F.softsign, nn.Tanhshrink, torch.arctan),
 ):
     rule(_target, ODD)
 for _target in (
@@ -44,7 +45,7 @@ for _target in (
     *(nn.Softplus, F.softplus, nn.ELU, F.elu, nn.Mish, F.mish, nn.SELU, F.selu, nn.CELU),
     *(nn.Softmax, F.softmax, "softmax", nn.LogSoftmax, F.log_softmax, "log_softmax"),
     *(nn.ReLU6, F.relu6, nn.Hardswish, F.hardswish, nn.Hardsigmoid, F.hardsigmoid),
-    *(torch.exp, "exp", torch.cos, "cos"),
+    *(torch.exp, "exp", torch.cos, "cos", torch.softmax, torch.log_softmax),
 ):
     rule(_target, PLAIN)
 
@@ -53,6 +54,26 @@ for _target in (
 @rule("square")
 def _square(call: "Call", x: Value) -> Value:
     return call.elementwise(x, Activation(homogeneous=2))
+
+
+@rule(nn.Hardtanh)
+def _hardtanh_module(call: "Call", x: Value) -> Value:
+    return _clamp(call, x, call.module.min_val, call.module.max_val)
+
+
+@rule(F.hardtanh)
+def _hardtanh(
+    call: "Call", x: Value, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Value:
+    return _clamp(call, x, min_val, max_val)
+
+
+@rule("clamp")
+@rule(torch.clamp)
+def _clamp(call: "Call", x: Value, min: float | None = None, max: float | None = None) -> Value:
+    if (min, max) == (0, None):
+        return call.elementwise(x, RELU)
+    return call.elementwise(x, ODD if None not in (min, max) and min == -(max or 0) else PLAIN)
 
 
 @rule(nn.Identity)

@@ -22,6 +22,8 @@ def _channels(call: "Call", x: Value) -> Value:
     # The normalisation hides the scale of what comes in, so two axes meet here: they share their
     # permutation, but only the new one (gain, bias, next map) can be scaled.
     before = x.dims[1]
+    for dim in (x.dims[0], *x.dims[2:]):  # positions are normalised together
+        call.tracing.weaken(dim, PLAIN, call.name)
     after = _rescaled(call, x, before, call.module.affine)
     if call.module.track_running_stats:
         call.label("running_mean", call.permuted(before))

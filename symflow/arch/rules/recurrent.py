@@ -40,12 +40,13 @@ def _rnn(call: "Call", x: Value, state: Any = None) -> Any:
 def _run(call: "Call", x: Value, state: Any, candidates: tuple[int, ...]) -> Any:
     """Label all layers and directions, and return the labels of outputs and last states."""
     layer, width = call.module, call.module.hidden_size
+    directions = 1 + layer.bidirectional
     relu = layer.mode == "RNN_RELU"
     through = Activation(odd=not relu, homogeneous=1 if relu else None)
     before, units = x.dims[-1], list[Dim]()
     for k in range(layer.num_layers):
         outs: list[Dim] = []
-        for suffix in ("", "_reverse")[: 1 + layer.bidirectional]:
+        for suffix in ("", "_reverse")[:directions]:
             unit = call.new_axis(width)
             call.tracing.weaken(unit, through, layer.mode.lower())
             if state is not None:
@@ -59,7 +60,7 @@ def _run(call: "Call", x: Value, state: Any, candidates: tuple[int, ...]) -> Any
         before = concatenated([(unit, width) for unit in outs])
         units += outs
     middle = (FIXED,) * (len(x.dims) - 1)
-    output = Value((*x.shape[:-1], width * len(outs)), (*middle, before))
+    output = Value((*x.shape[:-1], width * directions), (*middle, before))
     batch = x.shape[0] if layer.batch_first else x.shape[-2]
     if len(units) == 1:
         return output, Value((1, batch, width), (FIXED, FIXED, units[0]))

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, final
 
+import torch
+from torch import nn
+from torch.nn import functional
+
 from symflow.arch.layout import Label
 from symflow.errors import UnsupportedModuleError
 
@@ -143,12 +147,22 @@ def require_rule(target: Any, path: str) -> Activation | Callable[..., Value]:
     """
     found = find_rule(target)
     if found is None:
-        name = target if isinstance(target, str) else getattr(target, "__qualname__", str(target))
-        module = getattr(target, "__module__", "")
+        name, kind = _spelled(target)
         raise UnsupportedModuleError(
-            f"no symmetry rule for {name!r} ({module or 'tensor method'}) at {path!r}. Register "
-            f"one: symflow.arch.rule({name}, symflow.arch.Activation(odd=..., homogeneous=...)) if "
-            "it acts on each element alone, else decorate a function (call, *inputs) -> Value with "
+            f"no symmetry rule for {name} ({kind}) at {path!r}. Register one: "
+            f"symflow.arch.rule({name}, symflow.arch.Activation(odd=..., homogeneous=...)) if it "
+            "acts on each element alone, else decorate a function (call, *inputs) -> Value with "
             f"@symflow.arch.rule({name}); symflow/arch/rules/linear.py shows the one of nn.Linear"
         )
     return found
+
+
+def _spelled(target: Any) -> tuple[str, str]:
+    """Write a target as code would, and say what it is."""
+    if isinstance(target, str):
+        return repr(target), "a method of tensors"
+    name = getattr(target, "__name__", str(target))
+    for short, module in (("nn", nn), ("F", functional), ("torch", torch)):
+        if getattr(module, name, None) is target:
+            return f"{short}.{name}", "PyTorch"
+    return name, str(getattr(target, "__module__", "your code"))
