@@ -7,7 +7,7 @@ from pathlib import Path
 
 import record
 
-BENCHMARKS = ("geometry", "zoo", "nn", "demo")
+BENCHMARKS = ("geometry", "zoo", "nn", "demo", "architectures")
 
 
 def main() -> int:

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from symflow.report.study import HELD_OUT, NETWORKS, PATHS, mean, median, standard_error
+from symflow.report.measure import mean, median, standard_error
+from symflow.report.study import HELD_OUT, NETWORKS, PATHS
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 GENERATED = Path(__file__).parent / "generated"

@@ -4,6 +4,7 @@ A file is written beside its destination, flushed to disk, and moved over it in 
 reads sees the old file or the new one, never a half.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -117,6 +118,24 @@ def load_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{path} is no complete JSON file ({error})") from error
+
+
+def digest(*tensors: Tensor | None) -> str:
+    """Hash tensors with their dtypes and shapes: what is resumed must be given the same data.
+
+    Examples
+    --------
+    >>> digest(torch.zeros(2)) == digest(torch.zeros(2)), digest(torch.zeros(2)) == digest(None)
+    (True, False)
+    """
+    found = hashlib.sha256()
+    for x in tensors:
+        if x is None:
+            found.update(b"None")
+            continue
+        found.update(f"{x.dtype}{tuple(x.shape)}".encode())
+        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 def require_same(place: Any, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

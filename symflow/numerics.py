@@ -4,6 +4,7 @@ This is the only place in symflow with small literal constants: a tolerance is l
 dtype, never typed where it is used.
 """
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -90,12 +91,20 @@ def tolerance(dtype: torch.dtype) -> Tolerance:
 def norm(x: Float[Tensor, "*#shape n"], *, keepdim: bool = False) -> Tensor:
     """Euclidean norm of the last dimension; its gradient at zero is zero, not NaN.
 
+    Right wherever it can be represented: where the squares would leave the range of the format, the
+    row is multiplied by a power of two before, which rounds nothing.
+
     Examples
     --------
-    >>> norm(torch.tensor([3.0, 4.0]))
-    tensor(5.)
+    >>> norm(torch.tensor([3.0, 4.0])), norm(torch.tensor([3e-30, 4e-30]))
+    (tensor(5.), tensor(5.0000e-30))
     """
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim)
+    if _in_range(length) or x.shape[-1] == 0:
+        return length
+    factor = power_of_two(x)
+    length = torch.linalg.vector_norm(x * factor, dim=-1, keepdim=True) / factor
+    return length if keepdim else length.squeeze(-1)
 
 
 def unit(x: Float[Tensor, "*#shape n"]) -> Float[Tensor, "*#shape n"]:
@@ -107,8 +116,39 @@ def unit(x: Float[Tensor, "*#shape n"]) -> Float[Tensor, "*#shape n"]:
     tensor([[0.6000, 0.8000],
             [0.0000, 0.0000]])
     """
-    length = norm(x, keepdim=True)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if x.shape[-1] > 0 and not _in_range(length):
+        x = x * power_of_two(x)  # the direction stays, and so does its gradient
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(length > 0, length, torch.ones_like(length))
+
+
+def _in_range(length: Tensor) -> bool:
+    """Whether norms come from squares that neither overflowed nor lost digits to underflow.
+
+    It is asked of the norms, of which there are few, so that the usual case costs nothing.
+    """
+    info = torch.finfo(length.dtype)
+    least, greatest = (info.tiny / info.eps) ** 0.5, info.max**0.5
+    length = length.detach()
+    return bool(((length >= least) & (length <= greatest)).all())
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """Return the power of two, for each row, that brings its greatest entry next to one.
+
+    To multiply by it rounds nothing; afterwards the squares of what matters can be represented.
+
+    Examples
+    --------
+    >>> power_of_two(torch.tensor([[3.0, 0.1], [0.0, 0.0]]))
+    tensor([[0.2500],
+            [1.0000]])
+    """
+    greatest = x.detach().abs().amax(-1, keepdim=True)
+    exponent = torch.frexp(greatest.double()).exponent
+    limit = -math.frexp(torch.finfo(x.dtype).tiny)[1]  # both the power and its inverse are normal
+    return torch.pow(2.0, -exponent.clamp(-limit, limit).double()).to(x.dtype)
 
 
 def angle(u: Float[Tensor, "*#shape n"], v: Float[Tensor, "*#shape n"]) -> Float[Tensor, "*#shape"]:

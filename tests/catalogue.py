@@ -13,6 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from symflow.arch import Axis
+from symflow.groups import CompactProduct, NoncompactProduct, Permutation, PositiveScale, Sign
+
+KINDS = {Permutation: "perm", Sign: "sign", PositiveScale: "scale"}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -34,6 +39,18 @@ class Entry:
     make: Callable[[], nn.Module]
     inputs: tuple[Any, ...]
     axes: tuple[str, ...]
+
+
+def told(axis: Axis) -> str:
+    """An axis in the words of the catalogue."""
+    left, kinds = [axis.group], []
+    while left:
+        group = left.pop(0)
+        if isinstance(group, CompactProduct | NoncompactProduct):
+            left = [group.outer, group.inner, *left]
+        else:
+            kinds.append(KINDS[type(group)])
+    return f"{axis.size} {' '.join(kinds)}"
 
 
 class Residual(nn.Module):
@@ -360,7 +377,7 @@ CATALOGUE = (
             "7 perm sign scale",
             "8 perm sign scale",
         ),
-    ),  # fmt: skip
+    ),
     Entry("tied autoencoder", TiedAutoencoder, (torch.zeros(2, 5),), ("4 perm sign",)),
     Entry("RNN", lambda: Recurrent(nn.RNN), _SEQUENCE, ("5 perm sign",)),
     Entry("LSTM", lambda: Recurrent(nn.LSTM), _SEQUENCE, ("5 perm sign",)),

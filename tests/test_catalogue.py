@@ -2,25 +2,10 @@
 
 import pytest
 import torch
-from catalogue import CATALOGUE
+from catalogue import CATALOGUE, told
 from torch import nn
 
 import symflow
-from symflow.groups import CompactProduct, NoncompactProduct, Permutation, PositiveScale, Sign
-
-KINDS = {Permutation: "perm", Sign: "sign", PositiveScale: "scale"}
-
-
-def told(axis) -> str:
-    """An axis in the words of the catalogue."""
-    left, kinds = [axis.group], []
-    while left:
-        group = left.pop(0)
-        if isinstance(group, CompactProduct | NoncompactProduct):
-            left = [group.outer, group.inner, *left]
-        else:
-            kinds.append(KINDS[type(group)])
-    return f"{axis.size} {' '.join(kinds)}"
 
 
 @pytest.fixture(scope="module", params=CATALOGUE, ids=lambda entry: entry.name)

@@ -18,6 +18,7 @@ import symflow
 from symflow.cli import main
 
 ARCH = symflow.mlp([5, 4, 4, 3])
+RELU = ("--activation", "relu")
 
 
 def weights(arch: symflow.Architecture, seed: int) -> Tensor:
@@ -99,11 +100,14 @@ def modules(tmp_path, monkeypatch):
         "    return None\n"
         "def opaque():\n"
         "    return nn.LSTM(4, 6), torch.zeros(1, 4)\n"
-        "def recurrent():\n"
-        "    return nn.Sequential(nn.Conv3d(1, 2, 1)), torch.zeros(1, 1, 2, 2, 2)\n"
+        "def folded():\n"
+        "    return nn.Sequential(nn.Linear(4, 4), nn.Fold(2, 1)), torch.zeros(1, 1, 4)\n"
+        "def failing():\n"
+        "    raise OverflowError('too\\nmany')\n"
         "number = 3\n"
     )
     (tmp_path / "broken.py").write_text("import no_such_library\n")
+    (tmp_path / "wrong.py").write_text("def net(:\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -210,7 +214,7 @@ def test_what_is_no_chain_is_not_taken_for_one(run, tmp_path, shapes):
 @pytest.mark.parametrize("section", ["auto", "balanced", "sphere"])
 def test_align_writes_b_as_the_library_aligns_it(run, two, tmp_path, section):
     out = tmp_path / "new" / "out.safetensors"
-    found = facts(run("align", *two, "-o", out, "--section", section))
+    found = facts(run("align", *two, *RELU, "-o", out, "--section", section))
     q = symflow.Quotient(ARCH, section)
     w0, w1 = weights(ARCH, 0).double(), weights(ARCH, 1).double()
     wanted = q.align(w0, w1, bounds=True)
@@ -233,7 +237,7 @@ def test_align_writes_b_as_the_library_aligns_it(run, two, tmp_path, section):
 
 def test_an_aligned_network_is_the_same_function(run, two, tmp_path):
     out = tmp_path / "out.safetensors"
-    run("align", *two, "-o", out)
+    run("align", *two, *RELU, "-o", out)
     x, net = (
         torch.randn(9, 5, generator=torch.Generator().manual_seed(2)),
         copy.deepcopy(ARCH.module),
@@ -249,14 +253,14 @@ def test_without_a_section_only_isometries_are_left(run, two, tmp_path):
     assert found["section"] == "none"
     moved, w = arch.flatten(load_file(out)), weights(arch, 1)
     assert torch.equal(moved.abs().sort().values, w.abs().sort().values)  # to the last bit
-    assert "choose section='balanced'" in run("distance", *two, "--section", "none", code=2)
+    assert "choose section='balanced'" in run("distance", *two, *RELU, "--section", "none", code=2)
 
 
 def test_distance_shows_bounds_and_the_raw_distance(run, two):
     q = symflow.Quotient(ARCH)
     w0, w1 = weights(ARCH, 0).double(), weights(ARCH, 1).double()
     lower, upper = q.distance_bounds(w0, w1)
-    found = facts(run("distance", *two))
+    found = facts(run("distance", *two, *RELU))
     assert float(found["distance"]) == shown(upper)
     assert float(found["distance is at least"]) == shown(lower)
     gap = (upper - lower) / upper
@@ -268,9 +272,9 @@ def test_a_copy_is_at_distance_zero(run, two, generator):
     w = weights(ARCH, 0)
     g = ARCH.symmetry.random(generator=generator, like=w)
     save(two[1], ARCH, ARCH.symmetry.act(g, w))
-    found = facts(run("distance", *two))
+    found = facts(run("distance", *two, *RELU))
     assert float(found["distance"]) < 1e-5 < 0.1 < float(found["raw distance"])
-    same = facts(run("distance", two[0], two[0]))
+    same = facts(run("distance", two[0], two[0], *RELU))
     assert (same["raw distance"], same["relative gap"]) == ("0", "0.00%")
 
 
@@ -283,7 +287,7 @@ def test_keys_dtypes_and_counters_stay_and_statistics_do_not_count(run, tmp_path
         state["3.weight"] = state["3.weight"].bfloat16()  # mixed precision
         save_file({key: value.clone() for key, value in state.items()}, file)
     out = tmp_path / "out.safetensors"
-    found = facts(run("align", *files, "-o", out))
+    found = facts(run("align", *files, "-o", out, *RELU))
     old, new = load_file(files[1]), load_file(out)
     assert {k: (v.dtype, v.shape) for k, v in new.items()} == {
         k: (v.dtype, v.shape) for k, v in old.items()
@@ -303,6 +307,34 @@ def test_distance_of_a_users_modules(run, tmp_path):
     assert float(found["distance"]) == shown(symflow.Quotient(NET).distance(w0, w1))
 
 
+@pytest.mark.parametrize("command", ["align", "interpolate"])
+def test_no_network_is_written_with_an_activation_that_is_assumed(run, two, tmp_path, command):
+    out = tmp_path / "out.safetensors"
+    message = run(command, *two, "-o", out, code=2)
+    assert f"{two[0]} does not tell its activation" in message
+    assert "give --activation, such as --activation relu (or --module)" in message
+    assert not out.exists()
+    run(command, *two, "-o", out, "--activation", "tanh")
+    tanh, x = symflow.mlp([5, 4, 4, 3], "tanh"), torch.linspace(-1, 1, 5)[None]
+    if command == "align":  # the function that ReLU's scales would have changed
+        before, after = (ARCH.flatten(load_file(file)) for file in (two[1], out))
+        torch.testing.assert_close(tanh.apply(after, x), tanh.apply(before, x))
+
+
+@pytest.mark.parametrize("command", ["align", "distance", "interpolate"])
+def test_what_is_assumed_is_said_on_standard_error(capsys, two, tmp_path, command):
+    out = [] if command == "distance" else ["-o", str(tmp_path / "out.safetensors")]
+    files = [str(file) for file in two]
+    assert main([command, *files, *out, "--mlp", "5,4,4,3"]) == 0
+    note = "symflow: note: MLP 5-4-4-3, relu (the activation is assumed: --activation changes it)\n"
+    assert capsys.readouterr().err == note
+    if command == "distance":
+        assert main([command, *files]) == 0
+        assert capsys.readouterr().err == note.replace("relu", "relu, recognised by its leaves")
+    assert main([command, *files, *out, *RELU]) == 0
+    assert capsys.readouterr().err == ""
+
+
 # ---------------------------------------------------------------- interpolate
 
 
@@ -319,17 +351,17 @@ def assert_files(files: list[Path], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize("section", ["balanced", "sphere"])
 def test_interpolate_writes_the_middle(run, two, tmp_path, section):
     out = tmp_path / "out.safetensors"
-    printed = run("interpolate", *two, "-o", out, "--section", section)
+    printed = run("interpolate", *two, *RELU, "-o", out, "--section", section)
     assert_files([out], points(0.5, section=section))
     assert printed.splitlines()[0] == f"wrote {out}"
-    length = facts(run("distance", *two, "--section", section))["distance"]
+    length = facts(run("distance", *two, *RELU, "--section", section))["distance"]
     assert printed.splitlines()[1] == f"length {length}"
 
 
 def test_interpolate_writes_several_points(run, two, tmp_path):
     out = tmp_path / "at-{t}.safetensors"
     times = ["0.25", "1", "-0", "0", "1.0"]
-    printed = run("interpolate", *two, "-o", out, *(x for t in times for x in ("-t", t)))
+    printed = run("interpolate", *two, "-o", out, *RELU, *(x for t in times for x in ("-t", t)))
     assert printed.count("wrote ") == 3
     names = ["at-0.0.safetensors", "at-0.25.safetensors", "at-1.0.safetensors"]
     assert sorted(p.name for p in tmp_path.glob("at-*")) == names
@@ -341,9 +373,9 @@ def test_interpolate_writes_into_a_folder(run, two, tmp_path, exists):
     out = tmp_path / "path"
     if exists:
         out.mkdir()
-    run("interpolate", *two, "-o", out, "-t", 0, "-t", 0.5)
+    run("interpolate", *two, *RELU, "-o", out, "-t", 0, "-t", 0.5)
     assert_files([out / "0.0.safetensors", out / "0.5.safetensors"], points(0, 0.5))
-    run("interpolate", *two, "-o", out, "-t", 0.75)
+    run("interpolate", *two, *RELU, "-o", out, "-t", 0.75)
     assert_files([out / "0.75.safetensors"], points(0.75))
 
 
@@ -356,11 +388,32 @@ def test_an_old_file_is_replaced_as_a_whole_or_not_at_all(run, two, tmp_path):
     bad = ARCH.state_dict(weights(ARCH, 1))
     bad["2.bias"] = bad["2.bias"] / 0
     save_file(bad, tmp_path / "bad.safetensors")
-    run("align", two[0], tmp_path / "bad.safetensors", "-o", out, code=2)
+    run("align", two[0], tmp_path / "bad.safetensors", *RELU, "-o", out, code=2)
     assert out.read_bytes() == b"old"
-    run("align", *two, "-o", out)
+    run("align", *two, *RELU, "-o", out)
     assert set(load_file(out)) == set(ARCH.module.state_dict())
     assert not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_a_file_that_would_hold_infinities_is_not_written(run, tmp_path, half):
+    """The outgoing weight 2**15 of a unit is multiplied by the norm of its row: 2**30."""
+    arch = symflow.mlp([1, 1, 1], bias=False)
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file in files:
+        save(file, arch, torch.full((2,), 2.0**15, dtype=half))
+    out = [tmp_path / "{t}.safetensors"]
+    interpolated = ("interpolate", *files, "-o", *out, "-t", 0, "-t", 1, "--section", "sphere")
+    if half == torch.bfloat16:  # it has the range
+        run(*interpolated, *RELU)
+        w = arch.flatten(load_file(tmp_path / "0.0.safetensors"))
+        assert w.tolist() == [1, 2.0**30]
+        return
+    for command in (interpolated, ("align", *files, "-o", *out, "--section", "sphere")):
+        message = run(*command, *RELU, code=2)
+        assert "leaf '2.weight' is torch.float16, which cannot represent its new values" in message
+        assert "(up to 1.07e+09): nothing is written" in message
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def test_inputs_are_never_overwritten(run, two, tmp_path):
@@ -395,7 +448,7 @@ def test_bad_files_are_named(run, two, tmp_path, command):
     bad = tmp_path / "bad.safetensors"
 
     def refusal(*args: object) -> str:
-        return run(command, *args, *out, code=2)
+        return run(command, *args, *out, *RELU, code=2)
 
     assert "bad.safetensors: No such file" in refusal(a, bad)
     assert "bad.safetensors: No such file" in refusal(bad, b)
@@ -439,13 +492,17 @@ def test_inspect_refuses_what_it_cannot_show(run, tmp_path):
         (["--module", "mynets:nothing"], "or an Architecture; it returns NoneType"),
         (["--module", "mynets:Net"], "such as --input 1,784"),
         (["--module", "mynets:pair"], "missing leaves ['first.bias'"),
-        (["--module", "mynets:recurrent"], "no symmetry rule for 'Conv3d'"),
+        (["--module", "mynets:folded"], "no symmetry rule for nn.Fold"),
+        (["--module", "mynets:failing"], "failing() failed with OverflowError: too. Name a"),
+        (["--module", "torch.nn:Linear"], "Linear() failed with TypeError: "),
+        (["--module", "mynets:Net", "--input", "1,9"], "example inputs [(1, 9)]"),
+        (["--module", "wrong:net"], "cannot import 'wrong' ("),
         (["--module", "mynets:pair", "--mlp", "5,3"], "not allowed with argument"),
         (["--module", "mynets:pair", "--activation", "tanh"], "--activation is for an MLP"),
         (["--input", "1,5"], "give --module with it"),
         (["--mlp", "5,x"], "wanted positive sizes such as 30,16,2, got '5,x'"),
         (["--mlp", "5,0,3"], "wanted positive sizes"),
-        (["--mlp", "5"], "two or more positive sizes"),
+        (["--mlp", "5"], "two or more positive"),
         (["--activation", "swish"], "invalid choice: 'swish'"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",

@@ -86,6 +86,38 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
+def test_a_zoo_is_told_which_weights_are_wanted(unchecked):
+    task = data()
+    w = weights(ARCH, 2, dtype=torch.float32)
+    zoo = symflow.zoo.Zoo(ARCH, w, w)
+    wanted = "ws? must be weights .* got a Zoo: pass its trained weights, zoo.final"
+    quotient = symflow.Quotient(ARCH)
+    for measure in (
+        lambda ws: accuracy(ARCH, ws, task),
+        lambda ws: probabilities(ARCH, ws, task.x_test),
+        lambda ws: averaged(ARCH, ws, task),
+        lambda ws: diversity(ARCH, ws, task),
+        lambda ws: weight_average(quotient, ws),
+        lambda ws: nearest(quotient, ws, w),
+    ):
+        with pytest.raises(ShapeError, match=wanted):
+            measure(zoo)
+        measure(zoo.final)
+    with pytest.raises(ShapeError, match=r"zoo_ws must be weights .* zoo\.final"):
+        nearest(quotient, w, zoo)
+    with pytest.raises(ShapeError, match=r"w0 must be weights .* zoo\.final"):
+        barrier(ARCH, (zoo, w), task)
+
+
+def test_measuring_leaves_the_data_as_they_are():
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3))
+    arch, task = symflow.Architecture.from_module(net, torch.zeros(1, 4)), data()
+    before = task.x_test.clone()
+    assert (before < 0).any()  # so that the network would change them
+    accuracy(arch, weights(arch, 2, dtype=torch.float32), task)
+    assert torch.equal(task.x_test, before)
+
+
 # ---------------------------------------------------------------- predictions
 
 

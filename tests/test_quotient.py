@@ -103,12 +103,12 @@ def test_the_mean_has_less_spread_than_any_member():
         q = quotient(case, (4, 5, 4, 2))
         centre = networks(q)
         generator = torch.Generator().manual_seed(3)
-        noise = 0.1 * torch.randn(8, q.arch.dimension, generator=generator, dtype=torch.float64)
-        g = q.arch.symmetry.random(generator=generator, like=centre, batch=(8,))
+        noise = 0.1 * torch.randn(5, q.arch.dimension, generator=generator, dtype=torch.float64)
+        g = q.arch.symmetry.random(generator=generator, like=centre, batch=(5,))
         ws = q.arch.symmetry.act(g, centre + noise)
         mean = q.mean(ws)
         spread = q.distance(mean, ws).square().sum()
-        best = min(q.distance(w, ws).square().sum() for w in ws)
+        best = q.distance(ws[:, None], ws).square().sum(1).min()
         assert spread < best, case
         assert q.distance(mean, centre) < q.distance(centre, ws).mean(), case
 
@@ -215,7 +215,7 @@ def test_bad_input_is_named():
         symflow.Quotient(q.arch, preserves="loss")
     with pytest.raises(ShapeError, match="batch"):
         q.mean(w)
-    with pytest.raises(ShapeError, match="empty sequence"):
+    with pytest.raises(ShapeError, match="one network or more"):
         q.mean([])
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -25,11 +26,23 @@ from symflow.errors import (
     DataNotFoundError,
     FileFormatError,
     ShapeError,
+    StateError,
     UnknownTaskError,
 )
-from symflow.files import load_tensors, save_tensors
+from symflow.files import digest, load_tensors, save_tensors
 from symflow.flows.source import FanIn, Gaussian
-from symflow.zoo import Task, Zoo, batch_order, breast_cancer, digits, idx, mnist, task, train
+from symflow.zoo import (
+    Task,
+    Zoo,
+    batch_order,
+    breast_cancer,
+    digits,
+    idx,
+    mnist,
+    stacked,
+    task,
+    train,
+)
 from symflow.zoo.stacked import Stacked
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +64,12 @@ def same(one: Zoo, two: Zoo) -> bool:
         a is b is None or torch.equal(a.double().nan_to_num(9.9), b.double().nan_to_num(9.9))
         for a, b in pairs
     )
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Call symflow as users do: without the checks of annotations that run in tests."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 # ---------------------------------------------------------------- tasks
@@ -91,6 +110,29 @@ def test_digits_are_standardised_by_one_number_each():
 def test_a_split_must_leave_examples_on_both_sides(fraction):
     with pytest.raises(ShapeError, match=r"test_fraction.*class 0"):
         breast_cancer(test_fraction=fraction)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"test_fraction": math.nan}, "test_fraction must be a finite number .* got nan"),
+        ({"test_fraction": "half"}, "test_fraction must be a finite number .* got 'half'"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+    ],
+)
+def test_a_split_needs_numbers(wrong, message, unchecked):
+    for load in (breast_cancer, digits):
+        with pytest.raises(ShapeError, match=message):
+            load(**wrong)
+
+
+def test_data_are_told_apart_by_values_shapes_and_types():
+    """The digest of files of before is that of now: finished zoos stay finished."""
+    x, y = torch.eye(4), torch.tensor([0, 1, 0, 1])
+    assert Task("t", x, y, x, y, 2).digest == "f94a081927f50924"
+    tensors = [x, x + 1, x[:2], x.reshape(2, 8), x.double(), x.bfloat16(), None, x[:0]]
+    assert len({digest(t) for t in tensors}) == len(tensors)
+    assert digest(x, y) != digest(y, x) and digest(x[:, :2]) == digest(x[:, :2].clone())
 
 
 @pytest.mark.parametrize(
@@ -195,6 +237,8 @@ def damaged(data: list[bytes], arrays: list[np.ndarray]) -> dict[str, tuple[int,
         "floats": (1, idx_bytes(arrays[1], code=0x0D), "unsigned bytes with 1 dimension"),
         "counts": (1, idx_bytes(arrays[1][:5]), "6 images and .* 5 labels"),
         "pixels": (2, idx_bytes(arrays[2][:, :, :2]), r"wanted images of \(2, 3\) pixels"),
+        "no height": (0, idx_bytes(arrays[0][:, :0]), "at least one pixel, got 6 of 0 x 3"),
+        "no width": (2, idx_bytes(arrays[2][:, :, :0]), "at least one pixel, got 4 of 2 x 0"),
         "classes": (3, idx_bytes(np.array([3, 2, 1, 4])), "label 4 has no training example"),
     }
 
@@ -306,6 +350,60 @@ def test_chains_are_recognised():
         if Stacked(architecture(kind), training=True, like=torch.zeros(0)).chained
     }
     assert chained == {"chain", "flat", "tied"}
+
+
+def sequences(features: int = 3, length: int = 1, n: int = 21) -> Task:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, length, features, generator=generator), torch.arange(n) % 3
+    return Task("sequences", x, y, x.clone(), y, 3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_maps_of_sequences_are_no_chain(bias):
+    """A chain puts the batch where a sequence has its length."""
+    net = nn.Sequential(nn.Linear(3, 5, bias=bias), nn.Tanh(), nn.Linear(5, 3, bias=bias))
+    arch = symflow.Architecture.from_module(net, torch.zeros(2, 1, 3))
+    assert not Stacked(arch, training=True, like=torch.zeros(0)).chained
+    with pytest.raises(ShapeError, match=r"must give 3 numbers .* it gives shape \(1, 3\)"):
+        train(arch, sequences(), runs=2, epochs=1)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_flattened_sequences_train_as_plain_vectors(first):
+    """With the flattening in front a chain again, with it behind the maps not."""
+    maps = [nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)]
+    net = nn.Sequential(*([nn.Flatten(), *maps] if first else [*maps, nn.Flatten()]))
+    arch = symflow.Architecture.from_module(net, torch.zeros(2, 1, 3))
+    assert Stacked(arch, training=True, like=torch.zeros(0)).chained is first
+    plain = symflow.Architecture.from_module(nn.Sequential(*maps), torch.zeros(2, 3))
+    options = {"runs": 2, "epochs": 2, "lr": 0.01, "dtype": torch.float64}
+    data = sequences()
+    flat = Task("flat", data.x_train[:, 0], data.y_train, data.x_test[:, 0], data.y_test, 3)
+    wanted = train(plain, flat, **options)
+    torch.testing.assert_close(train(arch, data, **options).final, wanted.final)
+
+
+def test_a_wrong_fast_path_is_caught(monkeypatch):
+    """A twin whose chain scrambles the outputs: it trained before without a word."""
+    good = stacked._chained
+    monkeypatch.setattr(stacked, "_chained", lambda *args: good(*args).flip(1))
+    with pytest.raises(StateError, match="do not compute what each computes by itself"):
+        train(symflow.mlp([3, 4, 3]), toy(), runs=2, epochs=1)
+    train(architecture("normalised"), toy(), runs=2, epochs=1)  # no chain
+
+
+def test_training_leaves_the_data_as_they_are():
+    net = nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(3, 3))
+    chained = symflow.Architecture.from_module(net, torch.zeros(2, 1, 3))
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.LayerNorm(3), nn.Linear(3, 3))
+    mapped = symflow.Architecture.from_module(net, torch.zeros(2, 3))
+    data, before = toy(), toy()
+    assert (before.x_train[:2] < 0).any() and (before.x_test < 0).any()  # so that it could show
+    for arch, fast in ((chained, True), (mapped, False)):
+        assert Stacked(arch, training=True, like=torch.zeros(0)).chained is fast
+        train(arch, data, runs=2, epochs=1, batch_size=5)
+        for name in ("x_train", "x_test"):
+            assert torch.equal(getattr(data, name), getattr(before, name))
 
 
 # ---------------------------------------------------------------- training = plain PyTorch
@@ -511,9 +609,24 @@ def test_dropout_drops_and_leaves_the_global_generator_alone():
         ({"dtype": torch.float16}, "dtype must be one of torch.float32, torch.float64"),
         ({"batches": "mine"}, "batches must be 'shared', 'own', or .* got 'mine'"),
         ({"batches": 3}, "divisor of runs = 4; got 3"),
+        ({"batches": True}, "batches must be 'shared', 'own', or .* got True"),
+        ({"momentum": 1.0}, "momentum must be a finite number of at least 0 and below 1, got 1.0"),
+        ({"runs": 2.0}, "runs must be a whole number, got 2.0"),
+        ({"epochs": "3"}, "epochs must be a whole number, got '3'"),
+        ({"batch_size": True}, "batch_size must be a whole number, got True"),
+        ({"snapshot_every": 1.5}, "snapshot_every must be a whole number, got 1.5"),
+        ({"burn_in": 0.5}, "burn_in must be a whole number, got 0.5"),
+        ({"checkpoint_every": 2.5}, "checkpoint_every must be a whole number, got 2.5"),
+        ({"seed": None}, "seed must be a whole number, got None"),
+        ({"lr": "fast"}, "lr must be a finite number of at least 0, got 'fast'"),
+        ({"lr": None}, "lr must be a finite number of at least 0, got None"),
+        ({"optimizer": ["adam"]}, r"optimizer must be one of adam, adamw, sgd, got \['adam'\]"),
+        ({"init": 0.1}, r"init must be a source such as .*Gaussian\(0.1\) .* got float"),
+        ({"device": "gpu"}, r"device must be one that this machine has.* got 'gpu' \("),
+        ({"device": "cuda:99"}, "device must be one that this machine has.* got 'cuda:99'"),
     ],
 )
-def test_a_setting_out_of_range_is_named(change, message):
+def test_a_setting_out_of_range_is_named(change, message, unchecked):
     with pytest.raises(ShapeError, match=message):
         train(symflow.mlp([3, 4, 3]), toy(), **({"runs": 4, "epochs": 1} | change))
 
@@ -576,6 +689,34 @@ def test_runs_can_be_selected(small):
     assert torch.equal(part.metrics["history"], small.metrics["history"][[2, 0]])
     assert len(small.select(small.metrics["test_loss"] < 0)) == 0
     assert "3 runs" in repr(small) and "4 snapshots" in repr(small)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array])
+def test_masks_select_and_are_no_indices(small, kind, unchecked):
+    part = small.select(kind([True, False, True]))
+    assert torch.equal(part.final, small.final[[0, 2]])
+    assert torch.equal(small.select(kind([1, 0, 1])).final, small.final[[1, 0, 1]])
+    assert torch.equal(small.select(kind([-1])).final, small.final[[2]])
+    assert len(small.select(kind([False] * 3))) == 0
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([0, 3], "indices from -3 to 2 for 3 runs, got some from 0 to 3"),
+        (torch.tensor([-4, 1]), "indices from -3 to 2 for 3 runs, got some from -4 to 1"),
+        ([True, False], "a boolean mask, must have one entry for each of 3 runs, got 2"),
+        (torch.ones(4, dtype=torch.bool), "one entry for each of 3 runs, got 4"),
+        ([0.5], r"runs must be indices .* got torch.float32 of shape \(1,\)"),
+        (torch.tensor([[0, 1]]), r"runs must be indices .* of shape \(1, 2\)"),
+        ("all", "runs must be indices .* got a str"),
+        (1, r"runs must be indices .* of shape \(\)"),
+    ],
+)
+def test_a_selection_out_of_range_is_refused(small, runs, message, unchecked):
+    with pytest.raises(ShapeError, match=message):
+        small.select(runs)
+    assert len(small.select([])) == len(small.select(slice(3, 9))) == 0
 
 
 def test_an_architecture_of_the_users_must_be_given_and_must_be_the_same(tmp_path, small):

@@ -40,7 +40,7 @@ def objective_bound(
             continue
         x, y = (v[:, leaf.span].reshape(-1, *leaf.shape) for v in (a, b))
         if not leaf.axes:
-            total = total + (x * y).flatten(1).sum(1)
+            total = total + (x * y).reshape(len(x), leaf.size).sum(1)
         elif len(leaf.axes) == 1:
             axis, degree, c = _contract(symmetry, leaf, x, y)
             costs = single.setdefault(axis, {})
@@ -63,7 +63,7 @@ def _contract(symmetry: Symmetry, leaf: Leaf, x: Tensor, y: Tensor) -> tuple[str
 
     def rows(v: Tensor) -> Tensor:
         v = v.unflatten(k + 1, (dim.outer, n, dim.inner)).movedim(k + 2, 1)
-        return v.reshape(len(v), n, -1)
+        return v.reshape(len(v), n, leaf.size // n)
 
     return dim.axis or "", dim.degree, rows(x) @ rows(y).mT
 
@@ -98,4 +98,4 @@ def _matrix_bound(x: Tensor, y: Tensor, signs: bool) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=-1)
+    return torch.linalg.vector_norm(x.reshape(len(x), x.shape[1:].numel()), dim=-1)

@@ -140,7 +140,7 @@ class Contraction:
         dim = leaf.dims[k]
         n = leaf.shape[k] // (dim.outer * dim.inner)
         x = x.unflatten(k + 1, (dim.outer, n, dim.inner)).movedim(k + 2, 1)
-        return x.reshape(x.shape[0], n, -1)
+        return x.reshape(x.shape[0], n, leaf.size // n)
 
 
 def _add(a: dict[int, Tensor], b: dict[int, Tensor]) -> dict[int, Tensor]:

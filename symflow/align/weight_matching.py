@@ -91,7 +91,7 @@ class WeightMatching(Aligner):
             element=element,
             weights=weights,
             objective=value,
-            history=best.history.reshape(-1, *batch),
+            history=best.history.reshape(len(best.history), *batch),
             status=best.status,
             seconds=time.perf_counter() - began,
         )

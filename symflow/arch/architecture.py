@@ -1,6 +1,5 @@
 """An architecture: a network without its weights, and what moves them without changing it."""
 
-import copy
 import hashlib
 import importlib
 import json
@@ -13,14 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
-from symflow.arch.layout import FIXED, Axis, Leaf, assemble, cut
+from symflow.arch.layout import Axis, Leaf, assemble
 from symflow.arch.symmetry import Symmetry
+from symflow.arch.template import canonical_names, leaves_of, template, ties_across_modules
 from symflow.arch.trace import trace
 from symflow.arch.verify import verify
-from symflow.errors import LeafError, ShapeError, SymmetryError, UnsupportedModuleError
+from symflow.errors import LeafError, ShapeError
 from symflow.groups import Group
 from symflow.numerics import tolerance
 
@@ -106,13 +104,13 @@ class Architecture:
         >>> arch.symmetry["h1"].group
         Permutation(size=8) @ Sign(size=8)
         """
-        template = _template(module, example_inputs)
-        names, aliases = _canonical_names(template)
-        found = trace(template, example_inputs, names)
-        leaves = _leaves(template, found.leaves, dict(aliases))
+        traced = template(module, example_inputs)
+        names, aliases = canonical_names(traced)
+        found = trace(traced, example_inputs, names)
+        leaves = leaves_of(traced, found.leaves, dict(aliases))
         symmetry = Symmetry(leaves, found.axes, found.fixed)
-        verify(template, example_inputs, leaves, symmetry)
-        return Architecture(template, example_inputs, leaves, symmetry, found.output, aliases)
+        verify(traced, example_inputs, leaves, symmetry)
+        return Architecture(traced, example_inputs, leaves, symmetry, found.output, aliases)
 
     # ---------------------------------------------------------------- sizes and names
 
@@ -386,12 +384,7 @@ class Architecture:
 
     @cached_property
     def _ties(self) -> tuple[tuple[str, str], ...]:
-        """Leaves tied across modules: torch would leave the weights in a module with two names."""
-        return tuple(
-            (alias, name)
-            for alias, name in self.aliases
-            if _owner(self.module, alias) is not _owner(self.module, name)
-        )
+        return ties_across_modules(self.module, self.aliases)
 
     # ---------------------------------------------------------------- checks
 
@@ -421,75 +414,3 @@ class Architecture:
                     f"{name}: leaf {leaf.name!r} holds {bad} NaN or infinite value(s): this "
                     "network has diverged; leave it out"
                 )
-
-
-def _owner(module: nn.Module, key: str) -> nn.Module:
-    return module.get_submodule(key.rpartition(".")[0])
-
-
-def _canonical_names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
-    """Every key with the first key of the same tensor, and the list of the further keys."""
-    first: dict[int, str] = {}
-    names: dict[str, str] = {}
-    for pairs in (
-        module.named_parameters(remove_duplicate=False),
-        module.named_buffers(remove_duplicate=False),
-    ):
-        for key, value in pairs:
-            names[key] = first.setdefault(id(value), key)
-    return names, tuple((k, v) for k, v in names.items() if k != v)
-
-
-def _template(module: Any, inputs: tuple[Any, ...]) -> nn.Module:
-    """Copy a module for tracing, after looking at what tracing would stumble over."""
-    if not isinstance(module, nn.Module):
-        raise UnsupportedModuleError(
-            f"module must be an nn.Module (an instance, not its class), got {module!r:.80}"
-        )
-    for path, part in module.named_modules():
-        where = f"{path or 'the module'} ({type(part).__name__})"
-        if any(map(is_lazy, (*part.parameters(False), *part.buffers(False)))):
-            raise UnsupportedModuleError(f"{where} is lazy: run the module once before")
-        hooks = (vars(part)["_forward_pre_hooks"], vars(part)["_forward_hooks"])
-        if parametrize.is_parametrized(part) or any(hooks):
-            raise UnsupportedModuleError(
-                f"{where} has a parametrisation or hooks, which tracing does not see: remove them "
-                "first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm)"
-            )
-    if any(value.is_complex() for value in module.state_dict().values()):
-        raise UnsupportedModuleError("complex parameters have no rules; use their real parts")
-    if not any(value.is_floating_point() for value in module.state_dict().values()):
-        raise UnsupportedModuleError(f"{type(module).__name__} has no weights")
-    template = copy.deepcopy(module).eval().requires_grad_(False)
-    try:
-        with torch.no_grad():
-            template(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))
-    except Exception as error:
-        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]
-        raise ShapeError(
-            f"{type(module).__name__} does not run on the example inputs {shapes}: {error}. Give "
-            "what its forward takes, in the module's dtype; the first dimension is the batch"
-        ) from error
-    return template
-
-
-def _leaves(module: nn.Module, dims: dict[str, Any], aliases: dict[str, str]) -> tuple[Leaf, ...]:
-    state = module.state_dict()
-    parameters = dict(module.named_parameters())
-    ordered = [k for k in state if k in parameters] + [k for k in state if k not in parameters]
-    leaves: list[Leaf] = []
-    offset = 0
-    for key in ordered:
-        value = state[key]
-        if key in aliases or not value.is_floating_point():
-            continue
-        shape = tuple(value.shape)
-        labels = dims.get(key, (FIXED,) * len(shape))
-        if len(labels) != len(shape):
-            raise SymmetryError(
-                f"the rule for leaf {key!r} labels {len(labels)} dimensions, it has {len(shape)}"
-            )
-        for leaf in cut(key, shape, labels):
-            leaves.append(replace(leaf, offset=offset, learnable=key in parameters))
-            offset += leaf.size
-    return tuple(leaves)

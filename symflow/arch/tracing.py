@@ -9,6 +9,7 @@ from symflow.arch.rules.registry import Activation
 from symflow.groups import Group, Permutation, PositiveScale, Sign, Trivial
 
 
+@final
 @dataclass
 class RawAxis:
     """An axis while it is being found out: what has not been ruled out still acts on it.

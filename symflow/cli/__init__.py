@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> file, arch = f"{tempfile.mkdtemp()}/net.safetensors", symflow.mlp([3, 4, 2])
     >>> w = torch.randn(2, arch.dimension, generator=torch.Generator().manual_seed(0))
     >>> symflow.files.save_tensors(file, arch.state_dict(w[0]))
-    >>> main(["interpolate", file, file, "-o", f"{file}.middle"])
+    >>> main(["interpolate", file, file, "-o", f"{file}.middle", "--activation", "relu"])
     wrote ...net.safetensors.middle
     length 0
     0

@@ -85,7 +85,9 @@ def _add_architecture(made: argparse.ArgumentParser) -> None:
     )
     kind.add_argument("--mlp", type=_sizes, metavar="WIDTHS", help="such as 30,16,16,2")
     group.add_argument(
-        "--activation", choices=sorted(ACTIVATIONS), help="of an MLP (default: relu)"
+        "--activation",
+        choices=sorted(ACTIVATIONS),
+        help="of an MLP; needed to write files, else relu is assumed",
     )
     group.add_argument("--input", type=_sizes, metavar="SHAPE", help="of the module, as 1,784")
 
@@ -129,7 +131,7 @@ def _factory(text: str) -> Callable[[], Any]:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # a user's module may fail with anything
         raise argparse.ArgumentTypeError(f"cannot import {name!r} ({error})") from error
     found = getattr(module, attribute, None)
     if not callable(found):

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from symflow.align import objective
-from symflow.cli.networks import Checkpoint, find_architecture
+from symflow.cli.networks import ASSUMED, Checkpoint, find_architecture
 from symflow.quotient import Quotient
 
 # Stands for the time in the name of a file.
@@ -48,7 +48,7 @@ def align(args: argparse.Namespace) -> None:
     _refuse_inputs(args, [args.out])
     quotient, (w0, w1), (_, b) = _pair(args)
     found = quotient.align(w0, w1, bounds=True)
-    b.write(args.out, quotient.arch, found.weights)
+    b.replaced(quotient.arch, found.weights).write(args.out)
     x0, x1 = quotient.project(w0), quotient.project(w1)
     rows = [
         ("objective before", _number(objective(quotient.symmetry, x0, x1))),
@@ -74,8 +74,9 @@ def interpolate(args: argparse.Namespace) -> None:
     _refuse_inputs(args, outs)
     quotient, (w0, w1), (a, _) = _pair(args)
     path = quotient.geodesic(w0, w1)
-    for t, out in zip(times, outs, strict=True):
-        a.write(out, quotient.arch, path(t))
+    made = [a.replaced(quotient.arch, path(t)) for t in times]  # all of them, or none is written
+    for point, out in zip(made, outs, strict=True):
+        point.write(out)
         _write(f"wrote {out}")
     _write(f"length {_number(path.length)}")
 
@@ -97,8 +98,20 @@ def _pair(
     arch, told = find_architecture(args, a.tensors)
     if arch is None:
         raise argparse.ArgumentError(None, f"{args.a}: {told}")
+    # Scales and signs of another activation change the function: a number can be read with that in
+    # mind, a network that is written cannot.
+    assumed = told.endswith(ASSUMED)
+    if assumed and args.mlp is None and hasattr(args, "out"):
+        raise argparse.ArgumentError(
+            None,
+            f"{args.a} does not tell its activation, and with another one what is written "
+            "would be another function: give --activation, such as --activation relu (or --module)",
+        )
     quotient = Quotient(arch, None if args.section == "none" else args.section)
-    return quotient, (a.weights(arch), b.weights(arch)), (a, b)
+    weights = a.weights(arch), b.weights(arch)
+    if assumed:
+        sys.stderr.write(f"symflow: note: {told}\n")
+    return quotient, weights, (a, b)
 
 
 def _out(out: Path, t: float, *, alone: bool) -> Path:

@@ -12,8 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from symflow.arch import Architecture, mlp
-from symflow.errors import UnsupportedModuleError
+from symflow.errors import LeafError, SymflowError, UnsupportedModuleError
 from symflow.files import load_tensors, save_tensors
+
+# What is said of an activation that nobody has named.
+ASSUMED = " (the activation is assumed: --activation changes it)"
 
 
 @final
@@ -56,16 +59,30 @@ class Checkpoint:
         state = {k: v.double() if v.is_floating_point() else v for k, v in self.tensors.items()}
         return arch.as_weights(state, name=str(self.path))
 
-    def write(self, path: Path, arch: Architecture, w: Float[Tensor, " D"]) -> None:
-        """Write other weights under the keys and in the dtypes of this file; keep its counters."""
+    def replaced(self, arch: Architecture, w: Float[Tensor, " D"]) -> "Checkpoint":
+        """Return other weights under the keys and in the dtypes of this file, with its counters.
+
+        Raises
+        ------
+        LeafError
+            If the dtype of a tensor cannot represent its new values.
+        """
         state = arch.state_dict(w)
-        save_tensors(
-            path,
-            {
-                key: state[key].to(old.dtype) if old.is_floating_point() else old
-                for key, old in self.tensors.items()
-            },
-        )
+        tensors: dict[str, Tensor] = {}
+        for key, old in self.tensors.items():
+            tensors[key] = state[key].to(old.dtype) if old.is_floating_point() else old
+            if not bool(tensors[key].isfinite().all()):
+                most = float(state[key].abs().max())
+                raise LeafError(
+                    f"{self.path}: leaf {key!r} is {old.dtype}, which cannot represent its new "
+                    f"values (up to {most:.3g}): nothing is written. Convert the file to a dtype "
+                    "of more range, such as float32, or choose another --section"
+                )
+        return Checkpoint(self.path, tensors)
+
+    def write(self, path: Path) -> None:
+        """Write the file."""
+        save_tensors(path, self.tensors)
 
 
 def find_architecture(
@@ -83,7 +100,8 @@ def find_architecture(
     Returns
     -------
     tuple
-        The architecture and its description; or None and what is to be done about it.
+        The architecture and its description; or None and what is to be done about it. The
+        description ends with ``ASSUMED`` where files do not tell the activation.
 
     Raises
     ------
@@ -112,12 +130,22 @@ def find_architecture(
     if args.mlp is None:
         told += ", recognised by its leaves"
     if args.activation is None:
-        told += " (the activation is assumed: --activation changes it)"
+        told += ASSUMED
     return arch, told
 
 
 def _made_by(factory: Callable[[], Any], shape: list[int] | None) -> Architecture:
-    made = factory()
+    name = getattr(factory, "__name__", type(factory).__name__)
+    try:
+        made = factory()
+    except SymflowError:
+        raise
+    except Exception as error:  # it is a user's code: anything may come
+        raise UnsupportedModuleError(
+            f"what --module names is called without arguments; {name}() failed with "
+            f"{_described(error)}. Name a callable of your own that returns a module, (module, "
+            "example input) or an Architecture"
+        ) from error
     if isinstance(made, Architecture):
         return made
     module, *inputs = made if isinstance(made, tuple) and made else (made,)
@@ -133,6 +161,10 @@ def _made_by(factory: Callable[[], Any], shape: list[int] | None) -> Architectur
             "of one, such as --input 1,784"
         )
     return Architecture.from_module(module, *inputs)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

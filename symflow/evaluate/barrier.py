@@ -11,6 +11,7 @@ from torch import Tensor
 from symflow.arch import Architecture, Weights
 from symflow.errors import ShapeError
 from symflow.evaluate.predict import LabelledData, Split, loss
+from symflow.evaluate.weights import flat_weights
 
 
 @final
@@ -117,7 +118,7 @@ def barrier(
 
 
 def _line(arch: Architecture, w0: Weights, w1: Weights) -> Callable[[float], Tensor]:
-    a, b = arch.as_weights(w0, name="w0"), arch.as_weights(w1, name="w1")
+    a, b = flat_weights(arch, w0, "w0"), flat_weights(arch, w1, "w1")
     try:
         torch.broadcast_shapes(a.shape, b.shape)
     except RuntimeError:

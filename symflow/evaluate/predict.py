@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from symflow.arch import Architecture, Weights
 from symflow.errors import ShapeError
+from symflow.evaluate.weights import flat_weights
 from symflow.numerics import tolerance
 
 Split: TypeAlias = Literal["train", "test"]
@@ -258,11 +259,11 @@ def networks(
     Raises
     ------
     ShapeError
-        If there is no network in them.
+        If there is no network in them, or they are a zoo.
     LeafError
         If they are NaN or infinite.
     """
-    flat = arch.as_weights(w, name=name).detach()
+    flat = flat_weights(arch, w, name)
     batch = flat.shape[:-1]
     if batch.numel() == 0:
         raise ShapeError(f"{name} holds no network: its shape is {tuple(flat.shape)}")
@@ -370,7 +371,7 @@ def _logits(arch: Architecture, w: Tensor, x: Tensor, step: int) -> Pieces:
     for start in range(0, len(x), step):
         at = slice(start, min(start + step, len(x)))
         try:
-            z = arch.apply(w, x[at].to(w))
+            z = arch.apply(w, x[at].to(w, copy=True))  # a first step may be in place
         except RuntimeError as error:
             shapes = [tuple(i.shape[1:]) for i in arch.inputs if isinstance(i, Tensor)]
             raise ShapeError(

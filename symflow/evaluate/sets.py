@@ -10,6 +10,7 @@ from torch import Tensor
 from symflow.arch import Architecture, Weights
 from symflow.errors import ShapeError
 from symflow.evaluate.predict import Temperature, logits, networks, probabilities, temperatures
+from symflow.evaluate.weights import flat_weights
 
 # So many probabilities are held at a time.
 _PROBABILITIES = 2**22
@@ -25,7 +26,7 @@ def a_set(arch: Architecture, ws: Weights) -> Float[Tensor, "*batch N D"]:
     LeafError
         If weights are NaN or infinite.
     """
-    w = arch.as_weights(ws, name="ws").detach()
+    w = flat_weights(arch, ws, "ws")
     if w.ndim < 2 or w.shape[:-1].numel() == 0:
         raise ShapeError(
             f"ws must be a set of networks (*batch, N, D) with N at least 1, got {tuple(w.shape)}"

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from symflow.errors import ShapeError, StateError, SymflowWarning
-from symflow.files import load_tensors, require_same, save_tensors
+from symflow.files import digest, load_tensors, require_same, save_tensors
 from symflow.flows.path import interpolate, velocity_to
+from symflow.flows.require import number, whole
 
 if TYPE_CHECKING:
     from symflow.flows.flow import Flow
@@ -44,6 +45,11 @@ class FitSettings:
     checkpoint_every, log_every
         Steps between checkpoints (with a folder) and between records in ``flow.history``.
 
+    Raises
+    ------
+    ShapeError
+        If one is out of range or unknown; it names the setting.
+
     Examples
     --------
     >>> FitSettings(steps=100).rate(99) < FitSettings(steps=100).rate(50)
@@ -66,14 +72,34 @@ class FitSettings:
     log_every: int = 100
 
     def __post_init__(self) -> None:
+        # Set as plain numbers: NumPy's cannot be written as JSON.
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "behaviour_inputs"):
-            if getattr(self, name) < 1:
-                raise ShapeError(f"{name} must be at least 1, got {getattr(self, name)}")
+            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        object.__setattr__(self, "warmup", whole("warmup", self.warmup, 0))
+        object.__setattr__(self, "seed", whole("seed", self.seed, -(2**32), 2**32))
+        for name in ("lr", "weight_decay", "behaviour"):
+            object.__setattr__(self, name, number(name, getattr(self, name)))
+        object.__setattr__(self, "ema", number("ema", self.ema, below=1.0))
+        object.__setattr__(self, "clip", number("clip", self.clip))
+        if self.clip == 0:
+            raise ShapeError("clip must be positive, got 0: no gradient is that small")
         if self.optimizer not in ("adam", "adamw") or self.schedule not in ("cosine", "constant"):
             raise ShapeError(
                 "optimizer must be 'adam' or 'adamw' and schedule 'cosine' or 'constant', got "
                 f"{self.optimizer!r} and {self.schedule!r}"
             )
+
+    @staticmethod
+    def of(settings: dict[str, Any]) -> "FitSettings":
+        """Make settings of keyword arguments, and say which there are if one is unknown."""
+        known = [f.name for f in fields(FitSettings)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise ShapeError(
+                f"unknown setting(s) {', '.join(unknown)}: the settings of a fit are "
+                f"{', '.join(known)}"
+            )
+        return FitSettings(**settings)
 
     def rate(self, step: int) -> float:
         """Return the step size of a step."""
@@ -101,9 +127,22 @@ class Trainer:
                 "the behaviour loss compares predictions on data: pass inputs=, as in "
                 "flow.fit(zoo, inputs=task.x_train, behaviour=10.0)"
             )
+        if not any(p.requires_grad for p in flow.field.parameters()):
+            raise StateError(
+                f"the field ({type(flow.field).__name__}) has no parameters that are trained: give "
+                "the flow a field with some, or call field.requires_grad_(True)"
+            )
         self.flow = flow
         self.settings = settings
         self.inputs = inputs
+        if inputs is not None and settings.behaviour > 0:
+            self.inputs = _network_inputs(flow, inputs, ends)
+        # What the result depends on beside the settings: a checkpoint belongs to it.
+        self.data = {
+            "zoo": digest(starts, ends),
+            "inputs": digest(self.inputs if settings.behaviour > 0 else None),
+            "validation": digest(*(validation or (None,))),
+        }
         self.dtype = next(flow.field.parameters()).dtype
         self.starts, self.ends = self._states(starts, ends)
         self.validation = None if validation is None else self._states(*validation)
@@ -201,7 +240,8 @@ class Trainer:
         rows = torch.randint(len(self.inputs), (count,), generator=generator)
         x = self.inputs[rows].to(end)
         with torch.no_grad():
-            truth = F.log_softmax(self.flow.arch.apply(self.flow.decode(end), x), dim=-1)
+            # A copy: the first step of a network may change its input in place.
+            truth = F.log_softmax(self.flow.arch.apply(self.flow.decode(end), x.clone()), dim=-1)
         guess = F.log_softmax(self.flow.arch.apply(self.flow.decode(predicted), x), dim=-1)
         return F.kl_div(guess, truth, log_target=True, reduction="none").sum(-1).mean()
 
@@ -279,6 +319,7 @@ class Trainer:
             **self.flow.describe(),
             "history": self.flow.history,
             "settings": asdict(self.settings),
+            "data": self.data,
             "step": self.step,
         }
         save_tensors(file, self.flow.tensors() | moments, meta)
@@ -288,6 +329,7 @@ class Trainer:
         told = {k: meta.get(k) for k in self.flow.describe()}
         require_same(file, told, self.flow.describe())
         require_same(file, meta.get("settings", {}), asdict(self.settings))
+        require_same(file, meta.get("data", {}), self.data)
         self.flow.restore(tensors, meta["history"])
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -297,6 +339,32 @@ class Trainer:
         full = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
         self.step = int(meta["step"])
+
+
+def _network_inputs(flow: "Flow", inputs: Any, ends: Tensor) -> Tensor:
+    """Check the inputs of the behaviour loss, in the shape that the network was made for."""
+    wanted = ", ".join(str(("n", *x.shape[1:])) for x in flow.arch.inputs if isinstance(x, Tensor))
+    if not isinstance(inputs, Tensor) or inputs.ndim == 0 or len(inputs) == 0:
+        came = f"shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs)
+        raise ShapeError(
+            f"inputs must be a tensor of inputs of the network, {wanted} with n at least 1, got "
+            f"{came}: pass task.x_train"
+        )
+    if not bool(inputs.isfinite().all()):
+        bad = int((~inputs.isfinite()).sum())
+        raise ShapeError(f"inputs hold {bad} NaN or infinite value(s): drop those examples")
+    made_for = flow.arch.inputs[0]
+    if isinstance(made_for, Tensor) and inputs[0].numel() == made_for[0].numel():
+        inputs = inputs.reshape(-1, *made_for.shape[1:])
+    try:
+        with torch.no_grad():
+            flow.arch.apply(ends[:1], inputs[:1].to(ends, copy=True))
+    except (RuntimeError, TypeError) as error:
+        raise ShapeError(
+            f"inputs must be inputs of the network, {wanted}, got shape {tuple(inputs.shape)}: it "
+            f"does not run on them ({error})"
+        ) from error
+    return inputs
 
 
 def _leaf_rms(flow: "Flow", change: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -17,6 +17,7 @@ from symflow.flows.fit import FitSettings, Trainer
 from symflow.flows.guidance import Guidance
 from symflow.flows.path import velocity_to
 from symflow.flows.recipe import Recipe
+from symflow.flows.require import field_for, networks, number, structure, whole
 from symflow.flows.solve import solve
 from symflow.nn import RelationalTransformer, VectorField
 from symflow.quotient import Quotient
@@ -65,6 +66,13 @@ class Flow:
     **field_options
         Options of the default field.
 
+    Raises
+    ------
+    ShapeError
+        If the field is for another architecture, or the recipe has an unknown section.
+    EquivarianceError
+        If the field respects less symmetry than the architecture has.
+
     Examples
     --------
     >>> import symflow
@@ -93,12 +101,7 @@ class Flow:
         self._options = dict(field_options, seed=seed) if field is None else None
         if field is None:
             field = RelationalTransformer(arch, extra=self.extra, seed=seed, **field_options)
-        if field.extra != self.extra:
-            raise ShapeError(
-                f"the field must have extra={self.extra} (removed scales of the section), got "
-                f"{field.extra}"
-            )
-        self.field = field
+        self.field = field_for(arch, field, self.extra)
         self.average = copy.deepcopy(field).requires_grad_(False)
         self.floor = torch.full((arch.dimension,), -torch.inf)
         self.history: list[dict[str, float]] = []
@@ -145,12 +148,12 @@ class Flow:
 
     def fit(
         self,
-        zoo: "WeightZoo | Tensor",
+        zoo: "WeightZoo | Tensor | Sequence[Any]",
         *,
-        inputs: Float[Tensor, "n *shape"] | None = None,
+        inputs: Tensor | None = None,
         folder: str | os.PathLike[str] | None = None,
         progress: bool = False,
-        validation: "WeightZoo | Tensor | None" = None,
+        validation: "WeightZoo | Tensor | Sequence[Any] | None" = None,
         **settings: Any,
     ) -> "Flow":
         """Train the flow by regression on the end (or velocity) of random paths.
@@ -158,12 +161,14 @@ class Flow:
         Parameters
         ----------
         zoo
-            Trained networks: a zoo, or plain weights (N, D) for couplings that need no runs.
+            Trained networks: a zoo; or, for couplings that need no runs, plain weights (N, D) or a
+            sequence of modules or state dicts.
         inputs
-            Inputs of the networks, needed for the behaviour loss only; no labels are used.
+            Inputs of the networks (n, ...), needed for the behaviour loss only; no labels are used.
         folder
-            Where checkpoints go. If one is there with the same settings, training goes on from it
-            with the same results as without the interruption.
+            Where checkpoints go. If there is one of the same flow, settings and data (the weights
+            of ``zoo`` and ``validation``, and ``inputs``), training goes on from it, with the same
+            results as without the interruption; a finished one is read. Others are refused.
         progress
             Show a progress bar.
         validation
@@ -178,27 +183,22 @@ class Flow:
 
         Raises
         ------
+        ShapeError
+            If a setting is unknown or out of range, there are no networks, or shapes do not fit.
+        LeafError
+            If weights are NaN or infinite: leave out diverged runs with ``zoo.finite()``.
         StateError
-            If the coupling needs initial weights that the zoo lacks.
+            If the coupling needs initial weights that the zoo lacks, the field has no parameters,
+            or the training diverges.
         FileFormatError
-            If ``folder`` holds a checkpoint of another flow or other settings.
+            If ``folder`` holds a checkpoint of another flow, other settings or other data.
         """
-        starts, ends = self._pairs_of(zoo)
-        held_out = None if validation is None else self._pairs_of(validation)
-        trainer = Trainer(self, FitSettings(**settings), starts, ends, inputs, held_out)
+        chosen = FitSettings.of(settings)
+        starts, ends = networks(self.arch, zoo, "zoo")
+        held_out = None if validation is None else networks(self.arch, validation, "validation")
+        trainer = Trainer(self, chosen, starts, ends, inputs, held_out)
         trainer.run(None if folder is None else FilePath(folder), progress)
         return self
-
-    def _pairs_of(self, zoo: "WeightZoo | Tensor") -> tuple[Tensor | None, Tensor]:
-        if isinstance(zoo, Tensor):
-            return None, self.arch.as_weights(zoo, name="zoo")
-        final = self.arch.as_weights(zoo.final, name="zoo.final")
-        if final.shape != zoo.initial.shape:
-            raise ShapeError(
-                f"zoo.initial {tuple(zoo.initial.shape)} and zoo.final {tuple(final.shape)} must "
-                "have one row for each run"
-            )
-        return self.arch.as_weights(zoo.initial, name="zoo.initial"), final
 
     # ---------------------------------------------------------------- sampling
 
@@ -211,7 +211,7 @@ class Flow:
         noise: float = 0.0,
         guidance: Guidance | None = None,
         seed: int = 0,
-        start: Float[Tensor, "n D"] | None = None,
+        start: Tensor | Sequence[Any] | None = None,
     ) -> Float[Tensor, "n D"]:
         """Draw networks.
 
@@ -230,12 +230,20 @@ class Flow:
         seed
             Of the source and the noise.
         start
-            Initial weights instead of draws from the source.
+            Initial weights (n, D), or n modules or state dicts, instead of draws from the source.
 
         Returns
         -------
         Tensor
             Flat weights (n, D).
+
+        Raises
+        ------
+        ShapeError
+            If a number is out of range, ``start`` does not hold n networks, the solver is unknown
+            or cannot take noise, or the loss of the guidance is not one number for each network.
+        StateError
+            If the flow is not trained.
         """
         *_, last = self.trajectory(
             n, steps=steps, solver=solver, noise=noise, guidance=guidance, seed=seed, start=start
@@ -251,20 +259,25 @@ class Flow:
         noise: float = 0.0,
         guidance: Guidance | None = None,
         seed: int = 0,
-        start: Float[Tensor, "n D"] | None = None,
+        start: Tensor | Sequence[Any] | None = None,
     ) -> Iterator[Float[Tensor, "n D"]]:
         """Yield the weights at the start and after each step; see :meth:`sample`."""
         if not self.history:
             raise StateError("the flow is not trained: call flow.fit(zoo) or load one first")
-        generator = torch.Generator().manual_seed(seed)
+        n, steps = whole("n", n, 1), whole("steps", steps, 1)
+        noise = number("noise", noise)
+        generator = torch.Generator().manual_seed(whole("seed", seed))
         dtype = next(self.average.parameters()).dtype
-        x = (
-            self.draw(n, generator, dtype)
-            if start is None
-            else self.encode(self.arch.as_weights(start, name="start").to(dtype))
-        )
-        if len(x) != n:
-            raise ShapeError(f"start must hold n = {n} networks, got {len(x)}")
+        if start is None:
+            x = self.draw(n, generator, dtype)
+        else:
+            w = self.arch.as_weights(start, name="start").detach()
+            if w.shape != (n, self.arch.dimension):
+                raise ShapeError(
+                    f"start must hold n = {n} networks (n, D) = {(n, self.arch.dimension)}, got "
+                    f"shape {tuple(w.shape)}"
+                )
+            x = self.encode(w.to(dtype))
 
         def velocity(t: Tensor, x: Tensor) -> Tensor:
             v = self.velocity(x, t.expand(len(x)))
@@ -320,6 +333,7 @@ class Flow:
             "recipe": self.recipe.to_json(),
             "field": type(self.field).__name__,
             "options": self._options,
+            "structure": structure(self.field),
         }
 
     def restore(self, tensors: dict[str, Tensor], history: list[dict[str, float]]) -> None:
@@ -357,7 +371,7 @@ def load(
     Raises
     ------
     FileFormatError
-        If the file is truncated, foreign, or belongs to another architecture.
+        If the file is truncated, foreign, or belongs to another architecture or field.
 
     Examples
     --------
@@ -386,5 +400,10 @@ def load(
         raise FileFormatError(f"{path}: the flow has a {meta['field']} of yours; pass field=")
     recipe = Recipe.from_json(meta["recipe"])
     flow = Flow(arch, recipe, field, **(meta["options"] or {} if field is None else {}))
+    if field is not None and meta.get("structure", structure(field)) != structure(field):
+        raise FileFormatError(
+            f"{path} holds the weights of another {meta['field']} than the one given: pass a field "
+            "with the options (such as heads) that it was trained with"
+        )
     flow.restore(tensors, meta["history"])
     return flow

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from symflow.errors import ShapeError
+
 
 @final
 @dataclass(frozen=True)
@@ -34,9 +36,21 @@ class Guidance:
     def push(
         self, x: Float[Tensor, "B size"], decode: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "B size"]:
-        """Return the additional velocity at states ``x``; ``decode`` makes weights of them."""
+        """Return the additional velocity at states ``x``; ``decode`` makes weights of them.
+
+        Raises
+        ------
+        ShapeError
+            If the loss is not one number for each network.
+        """
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
-            total = self.loss(decode(leaf)).sum()
-            (gradient,) = torch.autograd.grad(total, leaf)
+            losses = self.loss(decode(leaf))
+            found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            if found != (len(x),):
+                raise ShapeError(
+                    "the loss of a guidance must return one number for each network, shape "
+                    f"(B,) = ({len(x)},), got {found}: do not average over the networks"
+                )
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         return -self.strength * gradient

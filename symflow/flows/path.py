@@ -42,10 +42,6 @@ class Path(ABC):
         """
         return ((1 - t) ** 2 + 4 * self.bridge**2 * t * (1 - t)).clamp_min(0).sqrt()
 
-    @abstractmethod
-    def stays(self) -> bool:
-        """Whether states are on the section at all times, and not only at the ends."""
-
 
 @final
 @dataclass(frozen=True)
@@ -54,8 +50,10 @@ class Straight(Path):
 
     Examples
     --------
-    >>> Straight(bridge=0.1).stays()
-    False
+    >>> import symflow
+    >>> section = symflow.Quotient(symflow.mlp([2, 3, 2]), section="sphere").section
+    >>> Straight(bridge=0.1).space(section).name
+    'Flat'
     """
 
     noise: float = 0.0
@@ -65,20 +63,21 @@ class Straight(Path):
         """Return flat space of the same dimension."""
         return Flat(section.state_manifold.dimension, section.arch.num_parameters)
 
-    def stays(self) -> bool:
-        """Return False."""
-        return False
-
 
 @final
 @dataclass(frozen=True)
 class GeodesicPath(Path):
-    """Geodesics of the section space: every state is on it.
+    """Shortest paths of the section space.
+
+    On the sphere section every state is on it. The balanced section has the chordal metric, whose
+    paths are straight lines: there the states between the ends are not balanced.
 
     Examples
     --------
-    >>> GeodesicPath().stays()
-    True
+    >>> import symflow
+    >>> section = symflow.Quotient(symflow.mlp([2, 3, 2]), section="sphere").section
+    >>> GeodesicPath().space(section).name
+    'SphereProduct'
     """
 
     noise: float = 0.0
@@ -87,10 +86,6 @@ class GeodesicPath(Path):
     def space(self, section: Section) -> WeightManifold:
         """Return the section space."""
         return section.state_manifold
-
-    def stays(self) -> bool:
-        """Return True."""
-        return True
 
 
 def interpolate(

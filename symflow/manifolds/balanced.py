@@ -16,6 +16,8 @@ from symflow.manifolds.base import WeightManifold
 from symflow.numerics import norm, tolerance
 
 _PROJECTION_STEPS = 50
+# PyTorch solves no linear equations in these formats.
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @final
@@ -100,11 +102,15 @@ class BalancedCone(WeightManifold):
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Return the tangent part: sum_d E_di x_d u_d = 0 for every unit. O(S^3) for S units."""
         x, u = torch.broadcast_tensors(x, u)
+        if x.dtype in _HALF:
+            return self.proju(x.float(), u.float()).to(x.dtype)
         shift = self._solve(x * x, self._to_units(x * u))
         return u - x * self._to_coordinates(shift)
 
     def projx(self, x: Tensor) -> Tensor:
         r"""Return the nearest balanced point, :math:`x_d / (1 + (E \mu)_d)`, by Newton's method."""
+        if x.dtype in _HALF:
+            return self.projx(x.float()).to(x.dtype)
         mu = x.new_zeros(*x.shape[:-1], self.num_units)
         scale = 1 + self._to_coordinates(mu)
         for _ in range(_PROJECTION_STEPS):
@@ -117,7 +123,7 @@ class BalancedCone(WeightManifold):
             change = self._to_coordinates(step)
             # The multipliers must stay positive: never go more than half of the way to zero.
             worst = (-change / scale).amax(-1, keepdim=True)
-            step = step * torch.where(worst > 0.5, 0.5 / worst, torch.ones_like(worst))
+            step = step * (0.5 / worst.clamp_min(0.5))
             mu = mu + step
             scale = 1 + self._to_coordinates(mu)
         return self.rebalance(x / scale)

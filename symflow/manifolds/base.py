@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from symflow.numerics import tolerance
+from symflow.numerics import norm, tolerance
 
 
 class WeightManifold(geoopt.Manifold):
@@ -45,7 +45,7 @@ class WeightManifold(geoopt.Manifold):
 
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the length of a tangent vector; its gradient at zero is zero."""
-        return torch.linalg.vector_norm(u[..., : self.counted], dim=-1, keepdim=keepdim)
+        return norm(u[..., : self.counted], keepdim=keepdim)
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Return the length of the shortest path; exactly zero between equal points."""
@@ -58,6 +58,15 @@ class WeightManifold(geoopt.Manifold):
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
         """Turn a Euclidean gradient into a Riemannian one: its tangent part."""
         return self.proju(x, u)
+
+    def velocity(
+        self, x: Float[Tensor, "*#batch D"], v: Float[Tensor, "*#batch D"]
+    ) -> Float[Tensor, "*#batch D"]:
+        """Return the part of ``v`` with which :meth:`geodesic` can leave ``x``.
+
+        All of it where geodesics are straight lines of the ambient space.
+        """
+        return v
 
     @abstractmethod
     def geodesic(

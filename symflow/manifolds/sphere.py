@@ -79,8 +79,12 @@ def sphere_transport(x: Rows, y: Rows, v: Rows) -> Rows:
 
 
 def _fades(x: Rows, v: Rows) -> Tensor:
-    """Mark vectors that lead to the zero row: against ``x`` itself, where a tangent is normal."""
-    return (x * v).sum(-1, keepdim=True) < -0.5
+    """Mark vectors that lead to the zero row: straight against ``x``, to which tangents are normal.
+
+    It is a question of the angle: a short step on the way leads there too.
+    """
+    most = norm(x, keepdim=True) * norm(v, keepdim=True)
+    return (x * v).sum(-1, keepdim=True) < (tolerance(x.dtype).close - 1) * most
 
 
 def _any_tangent(x: Rows) -> Rows:
@@ -212,6 +216,15 @@ class SphereProduct(WeightManifold):
         """Return the nearest point: rows are normalised, zero rows stay zero."""
         xs, rest = self.split(x)
         return self.join([r * unit(p) for p, r in zip(xs, self.radii, strict=True)], rest)
+
+    def velocity(
+        self, x: Float[Tensor, "*#batch D"], v: Float[Tensor, "*#batch D"]
+    ) -> Float[Tensor, "*#batch D"]:
+        """Return the tangent part; rows that lead straight to zero, to a dead unit, stay."""
+        (xs, _), (vs, rest) = self._split_like(x, v)
+        tangent = self.split(self.proju(x, v))[0]
+        rows = [torch.where(_fades(p, u), u, t) for p, u, t in zip(xs, vs, tangent, strict=True)]
+        return self.join(rows, rest)
 
     def geodesic(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """Return exp_x(t v); directions and angles are taken once for all times."""

@@ -20,8 +20,10 @@ def frechet_mean(
     """Minimise the sum of squared quotient distances to ``points``.
 
     Generalised Procrustes analysis (Gower, 1975): align all points to the current mean, average
-    them in the tangent space there, go to the nearest point of the section; the sum of squares
-    falls in each round. A local minimum; starts at the first point.
+    them in the tangent space there, go to the nearest point of the section. Starts at the first
+    point and ends as soon as the sum of squares does not fall any more: neither the alignment,
+    which is a heuristic, nor the average in a tangent space promises that it does. What is returned
+    is the mean of the best round; a local minimum at most.
 
     Parameters
     ----------
@@ -40,13 +42,15 @@ def frechet_mean(
     """
     mean = points[0]
     one = torch.ones((), dtype=points.dtype, device=points.device)
-    best = torch.full_like(one, torch.inf)
+    found, best = mean, torch.full_like(one, torch.inf)
     for _ in range(_ROUNDS):
         moved = align(mean, points)
         spread = manifold.dist2(mean, moved).mean()
-        if not bool(best - spread > tolerance(points.dtype).close * spread):
+        progress = bool(best - spread > tolerance(points.dtype).close * spread)
+        if bool(spread < best):
+            found, best = mean, spread
+        if not progress:
             break
-        best = spread
         step = manifold.logmap(mean, moved).mean(0)
         mean = manifold.projx(manifold.geodesic(mean, step, one))
-    return mean
+    return found

@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from symflow.files import save_json, write_atomic
 from symflow.report.figures import draw
+from symflow.report.measure import mean, median
 from symflow.report.page import page
-from symflow.report.study import NETWORKS, StudySettings, mean, median, study
+from symflow.report.study import NETWORKS, StudySettings, study
 
 
 def demo(

@@ -4,7 +4,8 @@ import base64
 import html
 from typing import Any
 
-from symflow.report.study import HELD_OUT, NETWORKS, PATHS, TRAINING, mean, median, standard_error
+from symflow.report.measure import mean, median, standard_error
+from symflow.report.study import HELD_OUT, NETWORKS, PATHS, TRAINING
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #5b6470; --line: #dde2e8; --tint: #f5f7f9; }

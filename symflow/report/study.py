@@ -17,15 +17,13 @@ from torch import Tensor
 from symflow.arch import Architecture, mlp
 from symflow.evaluate import (
     accuracy,
-    averaged,
     barrier,
-    diversity,
     loss,
-    nearest,
     weight_average,
 )
 from symflow.flows import Flow, Gaussian, balanced, euclidean, geometric, normalized
 from symflow.quotient import Quotient
+from symflow.report.measure import Measure, mean, median
 from symflow.zoo import Task, Zoo, breast_cancer, train
 from symflow.zoo.store import versions
 
@@ -151,7 +149,7 @@ def _study(
     say(f"loss barriers of {settings.pairs} pairs")
     barriers = _barriers(arch, task, known.final, settings)
     clock.lap("barriers")
-    measure = _Measure(arch, task, quotient, known.final, settings)
+    measure = Measure(arch, task, quotient, known.final)
     networks = {TRAINING: measure(known.final, "trained", exclude_self=True)}
     networks[HELD_OUT] = measure(unseen.final, "trained")
     clock.lap("trained networks")
@@ -179,40 +177,6 @@ def _study(
         "networks": networks,
         "checks": _checks(barriers, networks),
     }
-
-
-def median(values: list[float]) -> float:
-    """Return the median.
-
-    Examples
-    --------
-    >>> median([3.0, 1.0, 2.0])
-    2.0
-    """
-    return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
-
-
-def mean(values: list[float]) -> float:
-    """Return the mean.
-
-    Examples
-    --------
-    >>> mean([1.0, 3.0])
-    2.0
-    """
-    return float(torch.tensor(values, dtype=torch.float64).mean())
-
-
-def standard_error(values: list[float]) -> float:
-    """Return the standard error of the mean; zero for a single value.
-
-    Examples
-    --------
-    >>> standard_error([1.0, 3.0])
-    1.0
-    """
-    found = torch.tensor(values, dtype=torch.float64)
-    return float(found.std() / len(found) ** 0.5) if len(found) > 1 else 0.0
 
 
 @contextmanager
@@ -296,49 +260,11 @@ def _barriers(
     return found
 
 
-class _Measure:
-    """What is measured of every set of networks."""
-
-    def __init__(
-        self,
-        arch: Architecture,
-        task: Task,
-        quotient: Quotient,
-        known: Float[Tensor, "N D"],
-        settings: StudySettings,
-    ) -> None:
-        self.arch, self.task, self.quotient, self.known = arch, task, quotient, known
-        self._centre = known[:1]
-        aligned = quotient.align(self._centre, known).weights.double()
-        self._origin = aligned.mean(0)
-        # The two directions in which the aligned training networks differ most.
-        self._axes = torch.linalg.svd(aligned - self._origin, full_matrices=False).Vh[:2]
-
-    def __call__(
-        self, ws: Float[Tensor, "N D"], kind: str, *, exclude_self: bool = False
-    ) -> dict[str, Any]:
-        arch, task = self.arch, self.task
-        together = averaged(arch, ws, task)
-        aligned = self.quotient.align(self._centre, ws).weights.double()
-        distance = nearest(self.quotient, ws, self.known, exclude_self=exclude_self).distance
-        return {
-            "kind": kind,
-            "accuracy": accuracy(arch, ws, task).tolist(),
-            "loss": loss(arch, ws, task).tolist(),
-            "train loss": loss(arch, ws, task, "train").tolist(),
-            "averaged accuracy": float(together.accuracy),
-            "averaged loss": float(together.loss),
-            "diversity": float(diversity(arch, ws, task)),
-            "nearest": distance.tolist(),
-            "plane": ((aligned - self._origin) @ self._axes.T).tolist(),
-        }
-
-
 def _flow(
     preset: Callable[..., Flow],
     known: Zoo,
     unseen: Zoo,
-    measure: _Measure,
+    measure: Measure,
     settings: StudySettings,
     folder: Path | None,
     progress: bool,

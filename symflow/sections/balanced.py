@@ -8,14 +8,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symflow.arch import Architecture, Dim
+from symflow.arch import Architecture, Dim, scale_coordinates
 from symflow.errors import ConvergenceError
 from symflow.groups import NoncompactGroup, along
 from symflow.manifolds import BalancedCone
-from symflow.numerics import tolerance
-from symflow.sections.base import Section, rescale, scaled_axes, unit_coordinates
+from symflow.numerics import power_of_two, tolerance
+from symflow.sections.base import (
+    Section,
+    is_moderate,
+    require_finite,
+    rescale,
+    scaled_axes,
+    unit_coordinates,
+)
 
 _SWEEPS = 2000
+_ROUGH_SWEEPS = 100
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class BalancedSection(Section):
         for name in self._axes:
             self._offsets[name] = sum(arch.symmetry[a].size for a in self._offsets)
         coordinates, units, degrees = self._exponents()
+        self._coordinates = coordinates
         self.manifold = self.state_manifold = BalancedCone(
             arch.dimension,
             coordinates,
@@ -70,12 +79,22 @@ class BalancedSection(Section):
         self, w: Float[Tensor, "*#batch D"]
     ) -> tuple[Float[Tensor, "*#batch D"], Float[Tensor, "*#batch E"]]:
         """Return the balanced weights and nothing."""
-        if not self._axes:
+        if not self._axes or w.shape[:-1].numel() == 0:
             return w, w[..., :0]
-        energies = self._energies(w)
-        alive = self._alive(energies)
+        require_finite(self.arch, w)
+        x, present = w, None
+        if w.dtype == torch.float64 and not _has_squares(w):
+            present = self._energies((w != 0).to(w.dtype))
+            x = self._brought_together(w)
+        energies = self._energies(x if present is None else x * self._common(x))
+        alive = self._alive(energies if present is None else present)
         logs = self._balance([_masked(e, alive) for e in energies])
-        return rescale(self.arch, w, {k: v.exp() for k, v in logs.items()}, alive), w[..., :0]
+        scales = {k: v.exp() for k, v in logs.items()}
+        if not all(is_moderate(s, w.dtype) for s in scales.values()):
+            x = x.to(torch.float64)
+        x = rescale(self.arch, x, scales, alive).to(w.dtype)
+        require_finite(self.arch, x)
+        return x, w[..., :0]
 
     def join(
         self, x: Float[Tensor, "*#batch D"], removed: Float[Tensor, "*#batch E"]
@@ -124,6 +143,44 @@ class BalancedSection(Section):
             found[key] = found[key] + squares if key in found else squares
         return [_Energy(k, v) for k, v in found.items()]
 
+    def _brought_together(self, w: Tensor) -> Tensor:
+        """Move along the orbit until the squares of both sides of each unit can be compared.
+
+        The greatest weights of both sides are made alike, up to a power of two: nothing is rounded.
+        """
+        x = w
+        for _ in range(_ROUGH_SWEEPS):
+            still = True
+            for name in self._axes:
+                shift = self._shift(x.detach(), name)
+                if not bool(shift.any()):
+                    continue
+                still = False
+                for part in (shift // 2, shift - shift // 2):  # the whole may be out of range
+                    factors = scale_coordinates(self.arch.leaves, {name: torch.pow(2.0, part)})
+                    x = x if factors is None else x * factors
+            if still:
+                break
+        return x
+
+    def _shift(self, x: Tensor, axis: str) -> Tensor:
+        """Return the binary logarithm of the scale of each unit that makes its two sides alike."""
+        tops: dict[bool, tuple[int, Tensor]] = {}
+        for degree in {d.degree for leaf in self.arch.leaves for d in leaf.dims if d.axis == axis}:
+            index = unit_coordinates(self.arch, axis, degree).to(x.device)
+            if degree and index.shape[-1]:
+                tops[degree > 0] = abs(degree), x[..., index].abs().amax(-1)
+        if len(tops) < 2:
+            return x.new_zeros(*x.shape[:-1], self.arch.symmetry[axis].size)
+        (up, incoming), (down, outgoing) = tops[True], tops[False]
+        apart = torch.frexp(outgoing).exponent - torch.frexp(incoming).exponent
+        shift = (apart / (up + down)).trunc().to(x.dtype)
+        return torch.where((incoming > 0) & (outgoing > 0), shift, torch.zeros_like(shift))
+
+    def _common(self, x: Tensor) -> Tensor:
+        """Return one factor for each network that brings its scaled weights next to one."""
+        return power_of_two(x.index_select(-1, self._coordinates.to(x.device)))
+
     def _scales(self, dim: Dim) -> bool:
         return dim.axis in self._axes and dim.degree != 0
 
@@ -170,6 +227,13 @@ class BalancedSection(Section):
             "apart; rescale the network, or use section='sphere'",
             change,
         )
+
+
+def _has_squares(w: Tensor) -> bool:
+    """Whether squares of weights, and their products with squares of scales, are in range."""
+    greatest = torch.finfo(w.dtype).max ** 0.2
+    size = w.detach().abs()
+    return bool(((size == 0) | ((size >= 1 / greatest) & (size <= greatest))).all())
 
 
 def _unit_energy(

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from symflow.arch import Architecture, Symmetry, scale_coordinates
-from symflow.errors import DeadNeuronWarning
+from symflow.errors import DeadNeuronWarning, LeafError
 from symflow.groups import NoncompactGroup
+from symflow.numerics import tolerance
 
 if TYPE_CHECKING:
     from symflow.manifolds import WeightManifold
@@ -44,6 +45,11 @@ class Section(ABC):
 
         The latter are empty (E = 0) for sections that preserve the function; where a class of
         functions is quotiented out (one positive factor of all logits) they are its logarithms.
+
+        Raises
+        ------
+        LeafError
+            If the dtype of the weights cannot represent the point.
         """
 
     @abstractmethod
@@ -55,6 +61,38 @@ class Section(ABC):
     def project(self, w: Float[Tensor, "*#batch D"]) -> Float[Tensor, "*#batch D"]:
         """Return the point of the section; idempotent, and constant on orbits."""
         return self.split(w)[0]
+
+
+def is_moderate(scales: Tensor, dtype: torch.dtype) -> bool:
+    """Whether weights can be scaled by these, and by their small powers, in their own format.
+
+    Examples
+    --------
+    >>> is_moderate(torch.tensor([0.5, 2.0]), torch.float32)
+    True
+    >>> is_moderate(torch.tensor([1e-25]), torch.float32)
+    False
+    """
+    eps, scales = tolerance(dtype).eps, scales.detach()
+    return bool(((scales >= eps) & (scales <= 1 / eps)).all())
+
+
+def require_finite(arch: Architecture, x: Float[Tensor, "*#batch D"]) -> None:
+    """Refuse a point that is not finite.
+
+    Raises
+    ------
+    LeafError
+        If a coordinate is infinite or no number; it names the first such leaf.
+    """
+    if bool(x.detach().isfinite().all()):
+        return
+    bad = [leaf.name for leaf in arch.leaves if not x.detach()[..., leaf.span].isfinite().all()]
+    raise LeafError(
+        f"w: leaf {bad[0]!r} of its point on the section is not finite: w holds NaN or infinite "
+        f"values, or its scales are so far apart that {x.dtype} cannot represent the point. Leave "
+        "the network out, or convert it to float64 if it is not"
+    )
 
 
 def scaled_axes(arch: Architecture) -> list[str]:

@@ -1,17 +1,31 @@
 """The sphere section: every unit's incoming weights on a sphere (Pittorino et al., 2022)."""
 
+import copy
+import math
 import warnings
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symflow.arch import Architecture
-from symflow.errors import LeafError, ShapeError
+from symflow.arch import Architecture, Leaf
+from symflow.errors import LeafError, ShapeError, SymflowWarning
 from symflow.manifolds import SphereProduct
-from symflow.numerics import norm
-from symflow.sections.base import Section, rescale, scaled_axes, unit_coordinates
+from symflow.numerics import norm, power_of_two, tolerance
+from symflow.sections.base import (
+    Section,
+    is_moderate,
+    require_finite,
+    rescale,
+    scaled_axes,
+    unit_coordinates,
+)
+
+# What the last layer is multiplied by when that is tried, and on how many random weights: on few
+# inputs a network may be constant, all of its units off.
+_FACTOR = 3.0
+_DRAWS = 8
 
 
 @final
@@ -37,15 +51,15 @@ class SphereSection(Section):
     Raises
     ------
     LeafError
-        If ``preserves="argmax"`` and the network does not end with a linear map, or if units feed
-        themselves or earlier ones through shared weights: no pass from input to output makes all
-        rows unit then.
+        If ``preserves="argmax"`` and the network does not end with a linear map, or uses that one
+        at another place too; or if units feed themselves or earlier ones through shared weights:
+        no pass from input to output makes all rows unit then.
 
     Notes
     -----
-    A unit whose incoming weights and bias are all zero (dead) is put to zero, the limit of its orbit, and
-    counted in a ``DeadNeuronWarning``; it takes no part in spherical interpolation. Idempotent;
-    continuous away from zero rows. O(D).
+    A unit whose incoming weights and bias are all zero (dead) is put to zero, the limit of its
+    orbit, and counted in a ``DeadNeuronWarning``; it takes no part in spherical interpolation.
+    Idempotent; continuous away from zero rows. O(D).
 
     Examples
     --------
@@ -89,24 +103,25 @@ class SphereSection(Section):
 
     @property
     def _radius(self) -> float:
-        return self.arch.leaf(self.arch.output[0]).shape[0] ** 0.5
+        return _output_leaves(self.arch)[0].shape[0] ** 0.5
 
     def split(
         self, w: Float[Tensor, "*#batch D"]
     ) -> tuple[Float[Tensor, "*#batch D"], Float[Tensor, "*#batch E"]]:
         """Return the point, and the log-scale of the outputs if ``preserves="argmax"``."""
         x = w
-        for name, rows in self._rows.items():
-            length = norm(x[..., rows.to(w.device)])
-            # A row of zeros may stand beside a bias: a constant unit, whose scale is the bias's.
-            whole = norm(x[..., self._incoming[name].to(w.device)])
-            length = torch.where(length > 0, length, whole)
-            alive = length > 0
-            scale = 1 / torch.where(alive, length, torch.ones_like(length))
-            x = rescale(self.arch, x, {name: scale}, {name: alive})
-        if self._last is None:
-            return x, x[..., :0]
-        return self._split_output(x)
+        for name in self._rows:
+            length, alive = self._lengths(x, name)
+            if not is_moderate(length, x.dtype):  # what is in between may be out of range
+                x = x.to(torch.float64)
+                near = power_of_two(self._lengths(x, name)[0][..., None]).squeeze(-1)
+                x = rescale(self.arch, x, {name: near}, {})  # or gradients would be, too
+                length, alive = self._lengths(x, name)
+            x = rescale(self.arch, x, {name: 1 / length}, {name: alive})
+        x, removed = (x, x[..., :0]) if self._last is None else self._split_output(x)
+        x, removed = x.to(w.dtype), removed.to(w.dtype)
+        require_finite(self.arch, x)
+        return x, removed
 
     def join(
         self, x: Float[Tensor, "*#batch D"], removed: Float[Tensor, "*#batch E"]
@@ -118,12 +133,22 @@ class SphereSection(Section):
         x, removed = _expand(x, removed)
         return x.index_copy(-1, last, x[..., last] * removed.exp())
 
+    def _lengths(self, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Return the norm of each unit's row, one where it is dead, and whether it is not."""
+        length = norm(x[..., self._rows[name].to(x.device)])
+        # A row of zeros may stand beside a bias: a constant unit, whose scale is the bias's.
+        whole = norm(x[..., self._incoming[name].to(x.device)])
+        length = torch.where(length > 0, length, whole)
+        return torch.where(length > 0, length, torch.ones_like(length)), length > 0
+
     def _split_output(self, x: Tensor) -> tuple[Tensor, Tensor]:
         last = (self._last if self._last is not None else torch.zeros(0)).to(x.device)
         part = x[..., last]
         length = norm(part, keepdim=True) / self._radius
         if bool((length == 0).any()):
-            warnings.warn("the last layer of a network is zero: it is kept", stacklevel=3)
+            warnings.warn(
+                SymflowWarning("the last layer of a network is zero: it is kept"), stacklevel=3
+            )
         length = torch.where(length > 0, length, torch.ones_like(length))
         return x.index_copy(-1, last, part / length), length.log()
 
@@ -157,11 +182,62 @@ def _without_biases(arch: Architecture, axis: str) -> Tensor:
     return index[:, keep] if bool(keep.any()) else index
 
 
+def _output_leaves(arch: Architecture) -> list[Leaf]:
+    """Return the leaves of the last linear map, whose weight is the first of them.
+
+    The architecture may name tied weights by any of their keys, and cut parameters as a whole.
+    """
+    first = dict(arch.aliases)
+    keys = [first.get(key, key) for key in arch.output]
+    return [leaf for key in keys for leaf in arch.leaves if leaf.key == key]
+
+
 def _output_coordinates(arch: Architecture) -> Tensor:
     if not arch.output:
         raise LeafError(
             "preserves='argmax' scales the last layer, but this network does not end with a linear "
             "map: use preserves='function'"
         )
-    spans = [arch.leaf(name) for name in arch.output]
-    return torch.cat([torch.arange(x.offset, x.offset + x.size) for x in spans])
+    spans = [x.span for x in _output_leaves(arch)]
+    last = torch.cat([torch.arange(x.start, x.stop) for x in spans])
+    _require_output_scales(arch, last)
+    return last
+
+
+def _require_output_scales(arch: Architecture, last: Tensor) -> None:
+    """Try it on the network: the outputs must be multiplied by what the last layer is.
+
+    They are not if the network also uses these leaves, or leaves tied to them, at another place;
+    the labels of leaves do not tell.
+    """
+    generator = torch.Generator().manual_seed(0)
+    network = copy.deepcopy(arch.module).double().eval()
+    own = network.state_dict()
+    own = {leaf.name: leaf.of(own[leaf.key]).reshape(-1).clone() for leaf in arch.leaves}
+    for _ in range(_DRAWS):
+        w = torch.cat([_drawn(leaf, own[leaf.name], generator) for leaf in arch.leaves])
+        inputs = [_random_input(x, generator) for x in arch.inputs]
+        with torch.no_grad():
+            before = arch.load_into(network, w)(*inputs)
+            after = arch.load_into(network, w.index_copy(0, last, _FACTOR * w[last]))(*inputs)
+        off = (after - _FACTOR * before).abs().max()
+        if not off <= tolerance(torch.float64).symmetry * before.abs().max():
+            raise LeafError(
+                f"preserves='argmax' scales the last layer, the leaves {list(arch.output)}, but "
+                "scaling them does more than scaling the outputs: the network uses them at another "
+                "place too. Use preserves='function'"
+            )
+
+
+def _random_input(x: Any, generator: torch.Generator) -> Any:
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    return x
+
+
+def _drawn(leaf: Leaf, own: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw random parameters, which keep the size of signals; buffers stay as they are."""
+    if not leaf.learnable:
+        return own
+    fan_in = max(1, math.prod(leaf.shape[1:]))
+    return torch.randn(leaf.size, generator=generator, dtype=torch.float64) / fan_in**0.5

@@ -325,9 +325,9 @@ def check_equivariant(
         more = torch.randn(3, extra, generator=generator(draw("extra seed", seeds())))
         x, t = torch.cat([w, more.to(dtype)], dim=-1), torch.tensor(times, dtype=dtype)
         with torch.no_grad():
-            wanted, got = act(k, field(x, t)), field(act(k, x), t)
-        demand(got.shape == x.shape, f"the field returns shape {tuple(got.shape)}")
-        agree(got, wanted, "v(k x, t) against k v(x, t)", factor=_ROUNDING)
+            before, after = field(x, t), field(act(k, x), t)
+        demand(before.shape == x.shape, f"the field returns shape {tuple(before.shape)}")
+        agree(after, act(k, before), "v(k x, t) against k v(x, t)", factor=_ROUNDING)
 
     if isinstance(field, nn.Module):
         field.eval()

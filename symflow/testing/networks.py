@@ -26,6 +26,8 @@ ACTIVATIONS = (
     "sigmoid",
     "softplus",
 )
+# One for each group that activations leave: all, scales, signs, permutations alone.
+KINDS = ("identity", "relu", "tanh", "gelu")
 
 
 class _Nested(nn.Module):
@@ -93,8 +95,10 @@ def _traced(kind: str, width: int) -> Architecture:
     return Architecture.from_module(module, x)
 
 
-def mlps(*, width: int = MAX_SIZE, layers: int = 4) -> SearchStrategy[Architecture]:
-    """Fully connected networks: all activations, with and without biases and BatchNorm1d.
+def mlps(
+    *, width: int = MAX_SIZE, layers: int = 4, activations: tuple[str, ...] = ACTIVATIONS
+) -> SearchStrategy[Architecture]:
+    """Fully connected networks, with and without biases and BatchNorm1d.
 
     Parameters
     ----------
@@ -102,6 +106,8 @@ def mlps(*, width: int = MAX_SIZE, layers: int = 4) -> SearchStrategy[Architectu
         Greatest size of a layer.
     layers
         Greatest number of linear maps.
+    activations
+        Names of which one is drawn for all layers.
 
     Examples
     --------
@@ -111,16 +117,18 @@ def mlps(*, width: int = MAX_SIZE, layers: int = 4) -> SearchStrategy[Architectu
     """
     sizes = st.integers(1, width)
     widths = st.lists(sizes, min_size=2, max_size=layers + 1).map(tuple)
-    return st.builds(_mlp, widths, st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans())
+    return st.builds(_mlp, widths, st.sampled_from(activations), st.booleans(), st.booleans())
 
 
-def architectures(*, width: int = MAX_SIZE, layers: int = 4) -> SearchStrategy[Architecture]:
+def architectures(
+    *, width: int = MAX_SIZE, layers: int = 4, activations: tuple[str, ...] = ACTIVATIONS
+) -> SearchStrategy[Architecture]:
     """MLPs and a few modules: flatten with repeats, PReLU, shared layers, nested blocks.
 
     Parameters
     ----------
-    width, layers
-        Greatest sizes, as for :func:`mlps`.
+    width, layers, activations
+        Of the MLPs, as for :func:`mlps`.
 
     Examples
     --------
@@ -130,7 +138,7 @@ def architectures(*, width: int = MAX_SIZE, layers: int = 4) -> SearchStrategy[A
     """
     widths = st.integers(1, min(width, 4))
     modules = st.builds(_traced, st.sampled_from(sorted(_MODULES)), widths)
-    return mlps(width=width, layers=layers) | modules
+    return mlps(width=width, layers=layers, activations=activations) | modules
 
 
 def weights(

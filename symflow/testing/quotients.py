@@ -126,11 +126,16 @@ def _zero(q: Quotient, draw: Draws) -> None:
 
 
 def _invariant(q: Quotient, draw: Draws) -> None:
-    w0, w1 = _ends(q, draw)
-    act = q.arch.symmetry.act
-    g, h = (draw(name, elements(q.arch.symmetry)) for name in "gh")
-    d, moved = q.distance(torch.stack([w0, act(g, w0)]), torch.stack([w1, act(h, w1)]))
-    agree(moved, d, "distance elsewhere on the orbits", factor=_ROUNDING)
+    ends = _ends(q, draw)
+    moves = [draw(name, elements(q.arch.symmetry, batch=(8,))) for name in "gh"]
+    # One batch: the pair itself first, then elsewhere on its orbits.
+    w0, w1 = (
+        torch.cat([w[None], q.arch.symmetry.act(g, w.expand(8, -1))])
+        for w, g in zip(ends, moves, strict=True)
+    )
+    distances = q.distance(w0, w1)
+    here = distances[:1].expand(9)
+    agree(distances, here, "distance elsewhere on the orbits", factor=_ROUNDING)
 
 
 def _symmetric(q: Quotient, draw: Draws) -> None:

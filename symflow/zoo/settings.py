@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from symflow.errors import ShapeError
+from symflow.flows.require import number, whole
 from symflow.flows.source import Source
 
 
@@ -72,23 +73,28 @@ class Settings:
     device: torch.device
 
     def __post_init__(self) -> None:
-        for name in ("runs", "epochs", "batch_size", "snapshot_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ShapeError(f"{name} must be at least 1, got {value}")
-        for name in ("lr", "momentum", "weight_decay", "burn_in"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ShapeError(f"{name} must be a finite number of at least 0, got {value}")
+        # Set as plain numbers: NumPy's cannot be written as JSON.
+        counts = {"runs": 1, "epochs": 1, "batch_size": 1, "snapshot_every": 1, "burn_in": 0}
+        for name, least in counts.items():
+            if name != "snapshot_every" or self.snapshot_every is not None:
+                object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        object.__setattr__(self, "seed", whole("seed", self.seed))
+        for name, below in (("lr", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
+            object.__setattr__(self, name, number(name, getattr(self, name), below=below))
+        if not isinstance(self.init, Source):
+            raise ShapeError(
+                "init must be a source such as symflow.flows.Gaussian(0.1) or FanIn(), got "
+                f"{type(self.init).__name__}"
+            )
         known = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "dtype": DTYPES}
         for name, choices in known.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in tuple(choices):
                 raise ShapeError(
                     f"{name} must be one of {', '.join(map(str, choices))}, got "
                     f"{getattr(self, name)!r}"
                 )
         size = {"shared": self.runs, "own": 1}.get(str(self.batches), self.batches)
-        if not isinstance(size, int) or size < 1 or self.runs % size:
+        if not isinstance(size, int) or size is True or size < 1 or self.runs % size:
             raise ShapeError(
                 "batches must be 'shared', 'own', or the number of runs that share an order, a "
                 f"divisor of runs = {self.runs}; got {self.batches!r}"
@@ -127,6 +133,31 @@ class Settings:
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         text = {"init": repr(self.init), "device": self.device.type}
         return plain | text | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """Return a device on which tensors can be made.
+
+    Raises
+    ------
+    ShapeError
+        If PyTorch does not know it, or this machine does not have it.
+
+    Examples
+    --------
+    >>> device_of("cpu")
+    device(type='cpu')
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ShapeError(
+            f"device must be one that this machine has, such as 'cpu' or 'cuda', got {device!r} "
+            f"({reason})"
+        ) from error
+    return found
 
 
 def stream(seed: int, purpose: str, index: int) -> int:

@@ -11,6 +11,7 @@ from torch.func import functional_call, vmap
 
 from symflow.arch import Architecture
 from symflow.arch.mlp import ACTIVATIONS
+from symflow.arch.template import ties_across_modules
 
 _Step: TypeAlias = "tuple[str, str | None] | Callable[[Tensor], Tensor]"
 
@@ -19,11 +20,11 @@ _Step: TypeAlias = "tuple[str, str | None] | Callable[[Tensor], Tensor]"
 class Stacked:
     """The forward pass of R networks, in training or in evaluation mode.
 
-    Chains of linear maps and element-wise activations run as one matrix product for each layer,
-    with the batch in the last dimension: of a batch that all runs share, the first layer is a
-    single product with the (R * out, in) matrix of all its rows. On 784-10-10 with 250 runs this
-    is four times faster than ``vmap``, which computes every weight gradient apart. Every other
-    module is mapped by ``vmap``; running statistics are then updated for each run.
+    Chains of linear maps and element-wise activations on inputs (B, F) run as one matrix product
+    for each layer, with the batch in the last dimension: of a batch that all runs share, the first
+    layer is a single product with the (R * out, in) matrix of all its rows. On 784-10-10 with 250
+    runs this is four times faster than ``vmap``, which computes every weight gradient apart. Every
+    other module is mapped by ``vmap``; running statistics are then updated for each run.
 
     Parameters
     ----------
@@ -46,14 +47,8 @@ class Stacked:
     def __init__(self, arch: Architecture, *, training: bool, like: Tensor) -> None:
         module = copy.deepcopy(arch.module).train(training)
         self.module = module.to(device=like.device, dtype=like.dtype)
-        self._steps = _chain(self.module, dict(arch.aliases))
-        # functional_call sets a module that is used twice once for each of its names, and then
-        # leaves the last one's weights in it. So it is told of leaves tied across modules only.
-        self._ties = [
-            (alias, name)
-            for alias, name in arch.aliases
-            if _owner(self.module, alias) is not _owner(self.module, name)
-        ]
+        self._steps = _chain(self.module, dict(arch.aliases), arch.inputs[0].ndim - 1)
+        self._ties = ties_across_modules(self.module, arch.aliases)
 
     def __call__(
         self, state: dict[str, Tensor], x: Float[Tensor, "G B *features"]
@@ -88,10 +83,6 @@ class Stacked:
         return {name: b for name, b in found if not b.is_floating_point()}
 
 
-def _owner(module: nn.Module, key: str) -> nn.Module:
-    return module.get_submodule(key.rpartition(".")[0])
-
-
 def _mapped(module: nn.Module, state: dict[str, Tensor], x: Tensor) -> Tensor:
     def one(leaves: dict[str, Tensor], inputs: Tensor) -> Tensor:
         return functional_call(module, leaves, (inputs,), tie_weights=False)
@@ -101,17 +92,19 @@ def _mapped(module: nn.Module, state: dict[str, Tensor], x: Tensor) -> Tensor:
     return vmap(group, randomness="different")(groups, x).flatten(0, 1).mT
 
 
-def _chain(module: nn.Module, aliases: dict[str, str]) -> "list[_Step] | None":
+def _chain(module: nn.Module, aliases: dict[str, str], features: int) -> "list[_Step] | None":
     """Return the steps of a chain of linear maps and activations, or None if it is something else.
 
-    Only exact types count: a subclass, a parametrised module too, may compute something else.
+    Only exact types count: a subclass, a parametrised module too, may compute something else. And
+    the first linear map must see (B, F): :func:`_chained` puts the batch where a sequence has its
+    length. ``features`` is the number of feature dimensions of the inputs.
     """
     if type(module) is not nn.Sequential:
         return None
     steps: list[_Step] = []
     linear = False
     for path, part in module.named_modules(remove_duplicate=False):
-        if type(part) is nn.Linear:
+        if type(part) is nn.Linear and features == 1:
             keys = [f"{path}.weight", f"{path}.bias"]
             weight, bias = (aliases.get(key, key) for key in keys)
             steps.append((weight, None if part.bias is None else bias))
@@ -120,6 +113,7 @@ def _chain(module: nn.Module, aliases: dict[str, str]) -> "list[_Step] | None":
             steps.append(part)
         elif type(part) is nn.Flatten and not linear and (part.start_dim, part.end_dim) == (1, -1):
             steps.append(_flatten)
+            features = 1
         elif type(part) is not nn.Sequential:
             return None
     return steps if linear else None

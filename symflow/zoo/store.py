@@ -113,7 +113,12 @@ class Zoo:
         Parameters
         ----------
         runs
-            Indices, a slice, or a boolean mask (R,).
+            Indices, a slice, or a boolean mask (R,), as a tensor or a sequence.
+
+        Raises
+        ------
+        ShapeError
+            If an index is out of range, or a mask has not one entry for each run.
 
         Examples
         --------
@@ -123,7 +128,7 @@ class Zoo:
         (3, 2)
         """
         index = torch.arange(len(self))
-        index = index[runs if isinstance(runs, slice | Tensor) else torch.as_tensor(runs).long()]
+        index = index[runs] if isinstance(runs, slice) else index[self._rows(runs)]
         here = index.to(self.final.device)
         return replace(
             self,
@@ -133,6 +138,35 @@ class Zoo:
             metrics={name: value[here] for name, value in self.metrics.items()},
             seeds=[self.seeds[k] for k in index.tolist()] if self.seeds else (),
         )
+
+    def _rows(self, runs: "Sequence[int] | Tensor") -> Tensor:
+        """Check indices or a mask."""
+        try:
+            rows = torch.as_tensor(runs).detach().cpu()
+            came = f"{rows.dtype} of shape {tuple(rows.shape)}"
+        except (TypeError, ValueError, RuntimeError):
+            rows, came = torch.zeros(()), f"a {type(runs).__name__}"
+        if not isinstance(runs, Tensor) and rows.shape == (0,):
+            rows = rows.long()  # an empty list has no type
+        if rows.ndim != 1 or rows.is_floating_point() or rows.is_complex():
+            raise ShapeError(
+                "runs must be indices (n,), a slice, or a boolean mask with one entry for each of "
+                f"{len(self)} runs, got {came}"
+            )
+        if rows.dtype == torch.bool:
+            if len(rows) != len(self):
+                raise ShapeError(
+                    f"runs, a boolean mask, must have one entry for each of {len(self)} runs, got "
+                    f"{len(rows)}"
+                )
+            return rows
+        rows = rows.long()
+        if rows.numel() and not -len(self) <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise ShapeError(
+                f"runs must be indices from {-len(self)} to {len(self) - 1} for {len(self)} runs, "
+                f"got some from {int(rows.min())} to {int(rows.max())}"
+            )
+        return rows
 
     def finite(self) -> "Zoo":
         """Return the runs all of whose weights are finite: those that did not diverge.

@@ -1,7 +1,6 @@
 """Tasks: labelled data, split and standardised, from scikit-learn or from IDX files."""
 
 import gzip
-import hashlib
 import os
 import struct
 import zlib
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 
 from symflow.errors import DataNotFoundError, FileFormatError, ShapeError, UnknownTaskError
+from symflow.files import digest
+from symflow.flows.require import number, whole
 
 # An IDX file begins with two zero bytes, a type code (8: unsigned byte) and its number of
 # dimensions (LeCun, Cortes and Burges, 1998).
@@ -72,11 +73,7 @@ class Task:
     @cached_property
     def digest(self) -> str:
         """A hash of all inputs and labels: a resumed training is refused other data."""
-        found = hashlib.sha256()
-        for x in (self.x_train, self.y_train, self.x_test, self.y_test):
-            found.update(f"{x.dtype}{tuple(x.shape)}".encode())
-            found.update(x.detach().cpu().contiguous().numpy().data.cast("B"))
-        return found.hexdigest()[:16]
+        return digest(self.x_train, self.y_train, self.x_test, self.y_test)
 
     def __repr__(self) -> str:
         return (
@@ -124,7 +121,7 @@ def breast_cancer(test_fraction: float = 0.2, seed: int = 0) -> Task:
     Raises
     ------
     ShapeError
-        If ``test_fraction`` leaves a class without training or test examples.
+        If ``test_fraction`` is no number or leaves a class without training or test examples.
 
     Examples
     --------
@@ -152,7 +149,7 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> Task:
     Raises
     ------
     ShapeError
-        If ``test_fraction`` leaves a class without training or test examples.
+        If ``test_fraction`` is no number or leaves a class without training or test examples.
 
     Examples
     --------
@@ -212,7 +209,8 @@ def idx(folder: str | os.PathLike[str]) -> Task:
     DataNotFoundError
         If a file is missing; it says which to put where.
     FileFormatError
-        If a file is truncated or no IDX file of unsigned bytes, or counts and labels do not fit.
+        If a file is truncated or no IDX file of unsigned bytes, images have no pixels, or counts
+        and labels do not fit.
 
     Examples
     --------
@@ -270,6 +268,7 @@ def task(name: str | os.PathLike[str]) -> Task:
 def _from_sklearn(
     name: str, load: Callable[[], Any], test_fraction: float, seed: int, *, by_feature: bool
 ) -> Task:
+    test_fraction, seed = number("test_fraction", test_fraction), whole("seed", seed)
     data = load()
     x = torch.as_tensor(np.asarray(data.data, dtype=np.float64))
     y = torch.as_tensor(np.asarray(data.target, dtype=np.int64))
@@ -330,6 +329,12 @@ def _read_idx(folder: Path, name: str) -> Task:
             raise FileFormatError(
                 f"{found[2 * k]} holds {len(x)} images and {found[2 * k + 1]} {len(y)} labels: "
                 "wanted as many, and at least one; the files belong to different data sets"
+            )
+    for k, x in enumerate(images):
+        if x.size == 0:
+            raise FileFormatError(
+                f"{found[2 * k]}: wanted images of at least one pixel, got {len(x)} of "
+                f"{x.shape[1]} x {x.shape[2]}; copy the file again"
             )
     if images[0].shape[1:] != images[1].shape[1:]:
         raise FileFormatError(

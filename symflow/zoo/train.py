@@ -13,11 +13,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from symflow.arch import Architecture
-from symflow.errors import ShapeError
+from symflow.errors import ShapeError, StateError
 from symflow.files import require_same
-from symflow.flows.source import Gaussian, Source
+from symflow.flows.require import whole
+from symflow.flows.source import FanIn, Gaussian, Source
+from symflow.numerics import tolerance
 from symflow.zoo import checkpoint
-from symflow.zoo.settings import Settings, batch_order, stream
+from symflow.zoo.settings import Settings, batch_order, device_of, stream
 from symflow.zoo.stacked import Stacked
 from symflow.zoo.store import META, WEIGHTS, Zoo, versions
 from symflow.zoo.tasks import Task
@@ -97,7 +99,10 @@ def train(
     Raises
     ------
     ShapeError
-        If a setting is out of range or unknown, or task and architecture do not fit.
+        If a setting is out of range or unknown, the device is not there, or task and architecture
+        do not fit.
+    StateError
+        If many networks at once compute something else than each by itself.
     FileFormatError
         If ``folder`` holds a zoo with other settings (each is named), or a damaged file.
 
@@ -117,10 +122,9 @@ def train(
     """
     settings = Settings(
         *(runs, epochs, batch_size, optimizer, lr, momentum, weight_decay, schedule, batches, init),
-        *(burn_in, snapshot_every, seed, dtype, torch.device(device)),
+        *(burn_in, snapshot_every, seed, dtype, device_of(device)),
     )
-    if checkpoint_every < 1:
-        raise ShapeError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    checkpoint_every = whole("checkpoint_every", checkpoint_every, 1)
     _check_fit(arch, task, settings)
     told = settings.describe()
     told |= {"arch": arch.fingerprint, "task": task.name, "data": task.digest}
@@ -148,13 +152,23 @@ def _check_fit(arch: Architecture, task: Task, settings: Settings) -> None:
             f"the architecture takes inputs of shape {', '.join(map(str, shapes))}, the examples "
             f"of {task.name!r} have shape {tuple(task.x_train.shape[1:])}"
         )
-    x = task.x_train[:2].reshape(1, -1, *arch.inputs[0].shape[1:])
-    network = Stacked(arch, training=False, like=x)
-    out = network(arch.unflatten(torch.zeros(1, arch.dimension, dtype=x.dtype)), x).mT
-    if out.shape != (1, x.shape[1], task.classes):
+    # A copy, as in all that follows: a first step may change its input in place.
+    x = task.x_train[:2].reshape(1, -1, *arch.inputs[0].shape[1:]).to(settings.dtype, copy=True)
+    w = FanIn().sample(arch, 2, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    with torch.no_grad():
+        alone = arch.apply(w, x[0].clone())
+    if alone.shape != (2, x.shape[1], task.classes):
         raise ShapeError(
             f"the architecture must give {task.classes} numbers for each example of {task.name!r}, "
-            f"one for each class; it gives shape {tuple(out.shape[2:])}"
+            f"one for each class; it gives shape {tuple(alone.shape[2:])}"
+        )
+    with torch.no_grad():
+        out = Stacked(arch, training=False, like=x)(arch.unflatten(w), x).mT
+    close = tolerance(x.dtype).close * max(1.0, float(alone.abs().max()))
+    if not bool(((out - alone).abs() <= close).all()):
+        raise StateError(
+            "the networks of this architecture, run at once, do not compute what each computes by "
+            f"itself ({arch!r}): train them one by one, and report the module to symflow"
         )
     last = len(task.x_train) % settings.batch_size or settings.batch_size
     if last == 1 and arch.num_parameters < arch.dimension:
@@ -325,7 +339,7 @@ class _Training:
         size = max(32, _EVALUATED_AT_ONCE // (self.settings.runs * units))
         loss, right = torch.zeros(2, self.settings.runs, dtype=x.dtype, device=x.device)
         for inputs, labels in zip(x.split(size), y.split(size), strict=True):
-            outputs = network(self.leaves, inputs.unsqueeze(0))
+            outputs = network(self.leaves, inputs.clone().unsqueeze(0))  # may change in place
             wanted = labels.expand(len(outputs), -1)
             loss += F.cross_entropy(outputs, wanted, reduction="none").sum(1)
             # argmax(1) would do, at several times the cost.

@@ -131,7 +131,14 @@ def rule(target: Any, activation: Activation | None = None) -> Any:
 
 
 def find_rule(target: Any) -> Activation | Callable[..., Value] | None:
-    """Return the rule of a module class (or its nearest base class), function or method name."""
+    """Return the rule of a module class (or its nearest base class), function or method name.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> find_rule(nn.Tanh)
+    Activation(odd=True, homogeneous=None)
+    """
     if isinstance(target, type):
         return next((_RULES[c] for c in target.__mro__ if c in _RULES), None)
     return _RULES.get(target)
@@ -144,6 +151,12 @@ def require_rule(target: Any, path: str) -> Activation | Callable[..., Value]:
     ------
     UnsupportedModuleError
         If there is none.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> require_rule(nn.ReLU, "0")
+    Activation(odd=False, homogeneous=1)
     """
     found = find_rule(target)
     if found is None:

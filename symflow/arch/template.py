@@ -1,0 +1,97 @@
+"""A module before it is traced: what is refused, which keys are one parameter, its leaves."""
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from symflow.arch.layout import FIXED, Leaf, cut
+from symflow.errors import ShapeError, SymmetryError, UnsupportedModuleError
+
+
+def canonical_names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
+    """Every key with the first key of the same tensor, and the list of the further keys."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for pairs in (
+        module.named_parameters(remove_duplicate=False),
+        module.named_buffers(remove_duplicate=False),
+    ):
+        for key, value in pairs:
+            names[key] = first.setdefault(id(value), key)
+    return names, tuple((k, v) for k, v in names.items() if k != v)
+
+
+def ties_across_modules(
+    module: nn.Module, aliases: tuple[tuple[str, str], ...]
+) -> tuple[tuple[str, str], ...]:
+    """Return the aliases whose parameter belongs to another module than its canonical key.
+
+    ``functional_call`` must be told of these alone: a module that has two names is set once for
+    each, and keeps the weights of the last.
+    """
+
+    def owner(key: str) -> nn.Module:
+        return module.get_submodule(key.rpartition(".")[0])
+
+    return tuple((a, b) for a, b in aliases if owner(a) is not owner(b))
+
+
+def template(module: Any, inputs: tuple[Any, ...]) -> nn.Module:
+    """Copy a module for tracing, after looking at what tracing would stumble over."""
+    if not isinstance(module, nn.Module):
+        raise UnsupportedModuleError(
+            f"module must be an nn.Module (an instance, not its class), got {module!r:.80}"
+        )
+    for path, part in module.named_modules():
+        where = f"{path or 'the module'} ({type(part).__name__})"
+        if any(map(is_lazy, (*part.parameters(False), *part.buffers(False)))):
+            raise UnsupportedModuleError(f"{where} is lazy: run the module once before")
+        hooks = (vars(part)["_forward_pre_hooks"], vars(part)["_forward_hooks"])
+        if parametrize.is_parametrized(part) or any(hooks):
+            raise UnsupportedModuleError(
+                f"{where} has a parametrisation or hooks, which tracing does not see: remove them "
+                "first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm)"
+            )
+    if any(value.is_complex() for value in module.state_dict().values()):
+        raise UnsupportedModuleError("complex parameters have no rules; use their real parts")
+    if not any(value.is_floating_point() for value in module.state_dict().values()):
+        raise UnsupportedModuleError(f"{type(module).__name__} has no weights")
+    template = copy.deepcopy(module).eval().requires_grad_(False)
+    try:
+        with torch.no_grad():
+            template(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))
+    except Exception as error:
+        shapes = [tuple(x.shape) if isinstance(x, Tensor) else x for x in inputs]
+        raise ShapeError(
+            f"{type(module).__name__} does not run on the example inputs {shapes}: {error}. Give "
+            "what its forward takes, in the module's dtype; the first dimension is the batch"
+        ) from error
+    return template
+
+
+def leaves_of(module: nn.Module, dims: dict[str, Any], aliases: dict[str, str]) -> tuple[Leaf, ...]:
+    """Return parameters, then floating point buffers, with their labels, in flat order."""
+    state = module.state_dict()
+    parameters = dict(module.named_parameters())
+    ordered = [k for k in state if k in parameters] + [k for k in state if k not in parameters]
+    leaves: list[Leaf] = []
+    offset = 0
+    for key in ordered:
+        value = state[key]
+        if key in aliases or not value.is_floating_point():
+            continue
+        shape = tuple(value.shape)
+        labels = dims.get(key, (FIXED,) * len(shape))
+        if len(labels) != len(shape):
+            raise SymmetryError(
+                f"the rule for leaf {key!r} labels {len(labels)} dimensions, it has {len(shape)}"
+            )
+        for leaf in cut(key, shape, labels):
+            leaves.append(replace(leaf, offset=offset, learnable=key in parameters))
+            offset += leaf.size
+    return tuple(leaves)
