@@ -58,6 +58,8 @@ def benchmarks() -> str:
     rows = []
     for file in sorted(RESULTS.glob("*.json")):
         for row in json.loads(file.read_text())["rows"]:
+            if not row.get("in_readme", True):
+                continue
             rows.append([_plain(row["what"]), _plain(row["wanted"]), "yes" if row["met"] else "no"])
     return table(["what", "wanted", "met"], rows).replace("{lrr}", "{p{8cm}p{4.5cm}l}")
 

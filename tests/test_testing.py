@@ -4,6 +4,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from broken_twins import (
+    ALIGNERS,
+    GROUPS,
+    QUOTIENTS,
+    SECTIONS,
+    SYMMETRIES,
+    Lazy,
+    Posing,
+    backwards,
+    broken_quotient,
+    flat,
+    splitting,
+    twin,
+    with_false_signs,
+    with_symmetry,
+)
 from hypothesis import Phase, find, settings
 
 import symflow
@@ -29,22 +45,6 @@ from symflow.testing import (
     weights,
 )
 from symflow.testing.strategies import values
-from tests.broken_twins import (
-    ALIGNERS,
-    GROUPS,
-    QUOTIENTS,
-    SECTIONS,
-    SYMMETRIES,
-    Lazy,
-    Posing,
-    backwards,
-    broken_quotient,
-    flat,
-    splitting,
-    twin,
-    with_false_signs,
-    with_symmetry,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)

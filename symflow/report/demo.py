@@ -78,7 +78,7 @@ def summary(results: dict[str, Any]) -> str:
     Examples
     --------
     >>> found = {"accuracy": [0.9], "loss": [0.3], "nearest": [2.0]}
-    >>> print(summary({"networks": {HELD_OUT: found}, "checks": []}))
+    >>> print(summary({"networks": {"held out": found}, "checks": []}))
     networks              accuracy    loss  nearest
     held out                0.9000  0.3000    2.000
     """

@@ -44,8 +44,16 @@ def aligner_laws(subject: Aligner | type[Aligner]) -> tuple[Law, ...]:
     return tuple(law(name, drawn, body) for name, body in ALIGNER.items())
 
 
-def check_aligner(aligner: Aligner) -> None:
+def check_aligner(aligner: Aligner, *, max_examples: int | None = None) -> None:
     """Check that an aligner undoes planted elements, is covariant, and stops at a fixed point.
+
+    Parameters
+    ----------
+    aligner
+        The aligner.
+    max_examples
+        How many examples to draw for each law; as many as the active Hypothesis profile says by
+        default.
 
     Raises
     ------
@@ -54,10 +62,10 @@ def check_aligner(aligner: Aligner) -> None:
 
     Examples
     --------
-    >>> check_aligner(WeightMatching(("sequential",)))
+    >>> check_aligner(WeightMatching(("sequential",)), max_examples=5)
     """
     for one in aligner_laws(aligner):
-        one.check()
+        one.check(max_examples)
 
 
 def single_axis_rivals(

@@ -24,16 +24,17 @@ class Law:
     name
         Its name, which the failure repeats.
     check
-        Tries it on drawn examples; raises ``AssertionError`` where it does not hold.
+        Tries it on drawn examples, as many as it is told or else the active Hypothesis profile
+        says; raises ``AssertionError`` where it does not hold.
 
     Examples
     --------
-    >>> print(Law("nothing", lambda: None))
+    >>> print(Law("nothing", lambda max_examples: None))
     nothing
     """
 
     name: str
-    check: Callable[[], None]
+    check: Callable[..., None]
 
     def __str__(self) -> str:
         return self.name
@@ -96,7 +97,7 @@ def law(
     law 'even' is broken by 1: 1 is odd
     """
 
-    def check() -> None:
+    def check(max_examples: int | None = None) -> None:
         causes: list[Exception] = []
 
         def example(data: DataObject) -> None:
@@ -115,6 +116,7 @@ def law(
             raise AssertionError(f"law {name!r} is broken by {told(about)}: {cause}{draws}")
 
         options = settings(
+            max_examples=settings().max_examples if max_examples is None else max_examples,
             deadline=None,
             database=None,
             report_multiple_bugs=False,

@@ -63,8 +63,16 @@ def laws(subject: Group[Any] | type[Group[Any]]) -> tuple[Law, ...]:
     return tuple(law(name, drawn, body) for name, body in found.items())
 
 
-def check_group(group: Group[Any]) -> None:
+def check_group(group: Group[Any], *, max_examples: int | None = None) -> None:
     """Try every law on a group.
+
+    Parameters
+    ----------
+    group
+        The group.
+    max_examples
+        How many examples to draw for each law; as many as the active Hypothesis profile says by
+        default.
 
     Raises
     ------
@@ -74,10 +82,10 @@ def check_group(group: Group[Any]) -> None:
     Examples
     --------
     >>> from symflow.groups import Trivial
-    >>> check_group(Trivial(2))
+    >>> check_group(Trivial(2), max_examples=5)
     """
     for one in laws(group):
-        one.check()
+        one.check(max_examples)
 
 
 def _some_degree(group: Group[Any], draw: Draws) -> int:

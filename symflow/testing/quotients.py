@@ -49,8 +49,16 @@ def quotient_laws(subject: Quotient | SearchStrategy[Quotient]) -> tuple[Law, ..
     return (*own, *sections)
 
 
-def check_quotient(q: Quotient) -> None:
+def check_quotient(q: Quotient, *, max_examples: int | None = None) -> None:
     """Check the distance, the geodesics and the section of a quotient.
+
+    Parameters
+    ----------
+    q
+        The quotient.
+    max_examples
+        How many examples to draw for each law; as many as the active Hypothesis profile says by
+        default.
 
     Raises
     ------
@@ -60,10 +68,10 @@ def check_quotient(q: Quotient) -> None:
     Examples
     --------
     >>> import symflow
-    >>> check_quotient(symflow.Quotient(symflow.mlp([2, 2, 1], "tanh")))
+    >>> check_quotient(symflow.Quotient(symflow.mlp([2, 2, 1], "tanh")), max_examples=5)
     """
     for one in quotient_laws(q):
-        one.check()
+        one.check(max_examples)
 
 
 def quotients() -> SearchStrategy[Quotient]:
@@ -71,9 +79,7 @@ def quotients() -> SearchStrategy[Quotient]:
 
     Examples
     --------
-    >>> from hypothesis import find
-    >>> find(quotients(), lambda q: isinstance(q.manifold, SphereProduct)).manifold.name
-    'SphereProduct'
+    >>> quotient_laws(quotients())[0].check(max_examples=2)
     """
     kinds = concrete_classes(Section, "symflow.sections")
     sections = st.one_of([values(cls) for cls in kinds]).filter(_has_no_ties)

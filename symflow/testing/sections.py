@@ -44,8 +44,16 @@ def section_laws(subject: Section | type[Section]) -> tuple[Law, ...]:
     return tuple(law(name, drawn, body, told=told) for name, body in SECTION.items())
 
 
-def check_section(section: Section) -> None:
+def check_section(section: Section, *, max_examples: int | None = None) -> None:
     """Check that a section picks one point of each orbit and keeps the function as it promises.
+
+    Parameters
+    ----------
+    section
+        The section.
+    max_examples
+        How many examples to draw for each law; as many as the active Hypothesis profile says by
+        default.
 
     Raises
     ------
@@ -55,10 +63,10 @@ def check_section(section: Section) -> None:
     Examples
     --------
     >>> import symflow
-    >>> check_section(SphereSection(symflow.mlp([2, 2, 1])))
+    >>> check_section(SphereSection(symflow.mlp([2, 2, 1])), max_examples=5)
     """
     for one in section_laws(section):
-        one.check()
+        one.check(max_examples)
 
 
 def told(section: Section) -> str:
