@@ -10,6 +10,7 @@ from broken_twins import (
     QUOTIENTS,
     SECTIONS,
     SYMMETRIES,
+    WRONG_CURVES,
     Lazy,
     Posing,
     backwards,
@@ -18,6 +19,7 @@ from broken_twins import (
     splitting,
     twin,
     with_false_signs,
+    with_path,
     with_symmetry,
 )
 from hypothesis import Phase, find, settings
@@ -194,6 +196,13 @@ def test_every_law_of_aligners_has_a_twin():
 @pytest.mark.parametrize("name", QUOTIENTS)
 def test_broken_quotients_are_caught(name):
     assert_caught(quotient_laws(QUOTIENTS[name]), name)
+
+
+@pytest.mark.parametrize("what", WRONG_CURVES)
+def test_wrong_speeds_are_told(what):
+    (law,) = [x for x in quotient_laws(with_path(**WRONG_CURVES[what])) if x.name == "curve"]
+    with pytest.raises(AssertionError, match=f"law 'curve' is broken by .*: {what}"):
+        law.check()
 
 
 def test_every_law_of_quotients_has_a_twin():

@@ -16,7 +16,7 @@ from symflow.align import Aligner, Alignment, Status, WeightMatching
 from symflow.arch import Architecture, Symmetry, mlp
 from symflow.errors import NotIsometricError
 from symflow.testing.law import Body, Draws, Law, agree, demand, law
-from symflow.testing.networks import KINDS, architectures, generic_weights
+from symflow.testing.networks import generic_weights, small_architectures
 from symflow.testing.strategies import element, elements, pick, register, seeds, values
 
 _RIVALS = 24
@@ -101,7 +101,7 @@ _HARD = st.builds(
     st.tuples(st.just(2), st.integers(3, 5), st.integers(3, 5), st.just(2)),
     st.sampled_from(("gelu", "tanh")),
 )
-_ANY = architectures(width=4, layers=3, activations=KINDS) | _HARD
+_ANY = small_architectures() | _HARD
 
 
 def _problem(draw: Draws, batch: tuple[int, ...] = ()) -> tuple[Architecture, Symmetry, Any, Any]:

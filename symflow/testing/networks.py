@@ -141,6 +141,21 @@ def architectures(
     return mlps(width=width, layers=layers, activations=activations) | modules
 
 
+def small_architectures() -> SearchStrategy[Architecture]:
+    """Small networks for every group that activations leave, few enough to be traced once each.
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> find(small_architectures(), lambda arch: True).dimension < 20
+    True
+    """
+    hidden = st.integers(2, 3)
+    widths = st.tuples(st.just(2), hidden, hidden, st.just(1))
+    deep = st.builds(_mlp, widths, st.sampled_from(KINDS), st.just(True), st.just(False))
+    return architectures(width=3, layers=2, activations=KINDS) | deep
+
+
 def weights(
     arch: Architecture, *, batch: tuple[int, ...] = (), dtype: torch.dtype = torch.float64
 ) -> SearchStrategy[Tensor]:

@@ -15,7 +15,7 @@ from symflow.groups import NoncompactGroup
 from symflow.sections import BalancedSection, FlatSection, Section, SphereSection
 from symflow.testing.equivariance import random_inputs, same_outputs
 from symflow.testing.law import Body, Draws, Law, agree, demand, law
-from symflow.testing.networks import KINDS, architectures, generic_weights, mlps, weights
+from symflow.testing.networks import generic_weights, mlps, small_architectures, weights
 from symflow.testing.strategies import elements, register, seeds, values
 
 # A balanced point is the end of an iteration, and its rounding is that of all its sweeps.
@@ -216,8 +216,8 @@ def _feed_forward(arch: Architecture) -> bool:
 
 
 # Tied maps from an axis to itself have no sphere section, and balance very slowly.
-_SMALL = architectures(width=3, layers=3, activations=KINDS).filter(_feed_forward)
+_SMALL = small_architectures().filter(_feed_forward)
 
 register(BalancedSection, _SMALL.map(BalancedSection))
-register(FlatSection, mlps(width=3, layers=3, activations=("gelu", "tanh")).map(FlatSection))
+register(FlatSection, mlps(width=3, layers=2, activations=("gelu", "tanh")).map(FlatSection))
 register(SphereSection, _SMALL.flatmap(_spheres))
