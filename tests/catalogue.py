@@ -2,7 +2,8 @@
 
 What is expected is written from the mathematics (geometry of each layer), not from what the tracer
 says: one line for each axis, from the input to the output, as ``size kinds``. Kinds: ``perm``
-(permutations), ``sign``, ``scale`` (positive).
+(permutations), ``sign``, ``scale`` (positive), ``linear`` (invertible), ``orthogonal``, ``rotary``;
+``each`` follows if there is one element for each unit of the axis before.
 """
 
 from collections.abc import Callable
@@ -10,13 +11,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from catalogue_attention import ATTENTION
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from symflow.arch import Axis
-from symflow.groups import CompactProduct, NoncompactProduct, Permutation, PositiveScale, Sign
+from symflow.groups import (
+    CompactProduct,
+    GeneralLinear,
+    NoncompactProduct,
+    Orthogonal,
+    Permutation,
+    PositiveScale,
+    Rotary,
+    Sign,
+    Trivial,
+)
 
-KINDS = {Permutation: "perm", Sign: "sign", PositiveScale: "scale"}
+KINDS = {
+    GeneralLinear: "linear",
+    Orthogonal: "orthogonal",
+    Permutation: "perm",
+    PositiveScale: "scale",
+    Rotary: "rotary",
+    Sign: "sign",
+    Trivial: "trivial",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,8 @@ def told(axis: Axis) -> str:
             left = [group.outer, group.inner, *left]
         else:
             kinds.append(KINDS[type(group)])
-    return f"{axis.size} {' '.join(kinds)}"
+    over = "" if axis.over is None else " each"
+    return f"{axis.size} {' '.join(kinds)}{over}"
 
 
 class Residual(nn.Module):
@@ -238,6 +259,7 @@ def _mlp(activation: nn.Module) -> Callable[[], nn.Module]:
 
 
 _ROW = (torch.zeros(2, 3),)
+_GAIN = "1 sign scale each"
 _SEQUENCE = (torch.zeros(2, 4, 3),)
 
 CATALOGUE = (
@@ -290,7 +312,7 @@ CATALOGUE = (
             *(nn.ConvTranspose2d(4, 5, 2, 2), nn.ReLU(), nn.ConvTranspose2d(5, 1, 2, 2)),
         ),
         _ROW,
-        ("5 perm scale",),
+        ("4 perm scale", "5 perm scale"),
     ),
     Entry(
         "MobileNet block: depthwise and pointwise",
@@ -312,7 +334,16 @@ CATALOGUE = (
             *("16 perm scale",) * 4,
         ),
     ),
-    Entry("DenseNet", DenseNet, _image(3), ("6 perm scale", *("4 perm scale",) * 3)),
+    # Each norm on the growing concatenation has gains of its own for what came before it.
+    Entry(
+        "DenseNet",
+        DenseNet,
+        _image(3),
+        (
+            *("6 perm", *("1 scale each",) * 4, "4 perm", *("1 scale each",) * 3),
+            *("4 perm", *("1 scale each",) * 2, "4 perm scale"),
+        ),
+    ),
     Entry(
         "U-Net",
         UNet,
@@ -349,7 +380,7 @@ CATALOGUE = (
             *(nn.LayerNorm(6), nn.Linear(6, 2)),
         ),
         _ROW,
-        ("6 perm sign scale", "7 perm", "8 perm"),
+        ("6 perm", *(_GAIN,) * 3, "7 perm", "8 perm"),
     ),
     Entry(
         "residual MLP, RMSNorm first",
@@ -359,7 +390,7 @@ CATALOGUE = (
             *(nn.RMSNorm(6), nn.Linear(6, 2)),
         ),
         _ROW,
-        ("6 perm sign", "7 perm sign scale"),
+        ("6 perm", "1 sign each", _GAIN, _GAIN, "7 perm sign scale"),
     ),
     Entry(
         "SwiGLU, fused",
@@ -367,15 +398,15 @@ CATALOGUE = (
         _ROW,
         ("4 perm", "6 perm sign scale"),
     ),
-    Entry("MLP-Mixer", Mixer, _image(3), ("6 perm sign scale", "9 perm", "7 perm")),
+    # The gain of the first norm ends at the GELU between maps over positions.
+    Entry("MLP-Mixer", Mixer, _image(3), ("6 perm", *(_GAIN,) * 2, "9 perm", "7 perm")),
     Entry(
         "text, embeddings and bare parameters",
         Text,
         (torch.randint(11, (2, 5)),),
         (
-            "6 perm sign scale",
-            "7 perm sign scale",
-            "8 perm sign scale",
+            *("6 perm", *(_GAIN,) * 3),
+            *("7 perm sign scale", "8 perm sign scale"),
         ),
     ),
     Entry("tied autoencoder", TiedAutoencoder, (torch.zeros(2, 5),), ("4 perm sign",)),
@@ -389,6 +420,7 @@ CATALOGUE = (
     ),
     Entry("GRU", lambda: Recurrent(nn.GRU), _SEQUENCE, ("5 perm sign",)),
     Entry("SIREN", lambda: Siren(), _ROW, ("5 perm sign", "6 perm sign")),
+    *(Entry(*row) for row in ATTENTION),
 )
 
 

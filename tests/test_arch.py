@@ -10,6 +10,7 @@ from torch import nn
 import symflow
 from symflow import Architecture, Permutation, PositiveScale, Sign
 from symflow.arch import Activation, rule
+from symflow.groups import GeneralLinear
 from symflow.arch.rules.registry import _RULES
 from symflow.errors import (
     ShapeError,
@@ -59,7 +60,7 @@ PLAIN, SIGNS, SCALES = (
 )
 
 
-def linear(n):
+def cubic(n):
     return Permutation(n) @ Sign(n) @ PositiveScale(n)
 
 
@@ -76,7 +77,7 @@ class Call(nn.Module):
 
 # Written down by hand, from the table of intertwiner groups (Godfrey et al., 2022).
 BY_NAME = {
-    "identity": linear,
+    "identity": GeneralLinear,
     "relu": SCALES,
     "leaky_relu": SCALES,
     "tanh": SIGNS,
@@ -87,8 +88,8 @@ BY_NAME = {
     "softplus": PLAIN,
 }
 BY_LAYER = [
-    (nn.Identity(), linear),
-    (nn.Dropout(0.5), linear),
+    (nn.Identity(), GeneralLinear),
+    (nn.Dropout(0.5), GeneralLinear),
     (nn.ReLU(), SCALES),
     (nn.LeakyReLU(0.3), SCALES),
     (nn.PReLU(), SCALES),
@@ -97,7 +98,7 @@ BY_LAYER = [
     (Call(lambda x: x.relu()), SCALES),
     (Call(lambda x: 2 * torch.relu(x) / 3), SCALES),
     (Call(lambda x: 1 / (x + 5)), PLAIN),
-    (Call(lambda x: x * x * x), PLAIN),
+    (Call(lambda x: x * x * x), cubic),
     (nn.Tanh(), SIGNS),
     (nn.Hardtanh(), SIGNS),
     (nn.Softsign(), SIGNS),
@@ -113,7 +114,7 @@ BY_LAYER = [
     (nn.Softmax(-1), PLAIN),
     (Call(torch.sigmoid), PLAIN),
     (Call(torch.cos), PLAIN),
-    (nn.BatchNorm1d(3), linear),
+    (nn.BatchNorm1d(3), cubic),
     (nn.BatchNorm1d(3, affine=False), PLAIN),
 ]
 
@@ -203,7 +204,9 @@ def test_flatten_repeats_an_axis(flatten):
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), flatten, nn.Linear(12, 1))
     arch = Architecture.from_module(net, torch.zeros(1, 3, 2))
     dim = arch.leaf("3.weight").dims[1]
-    assert (dim.axis, dim.degree, dim.outer, dim.inner) == ("h1", -1, 3, 1)
+    assert (dim.axis, dim.degree) == (None, 0)
+    assert arch.leaf("3.weight").shape == (1, 3, 4)
+    assert labels(arch, "3.weight") == [(None, 0), (None, 0), ("h1", -1)]
     g = {"h1": (torch.tensor([1, 0, 2, 3]), torch.tensor([2.0, 1.0, 1.0, 1.0]))}
     w = torch.zeros(arch.dimension)
     w[arch.leaf("3.weight").span] = torch.arange(12.0)
@@ -329,11 +332,8 @@ def test_a_rule_with_weights_labels_its_leaves(rules):
 
     @rule(Gain)
     def gain(call, x):
-        call.label("gain", torch_free(x.dims[-1]))
+        call.label("gain", call.permuted(x.dims[-1]))
         return call.elementwise(x, Activation(odd=True, homogeneous=1))
-
-    def torch_free(dim):
-        return symflow.arch.Dim(dim.axis, 0)  # permuted with its unit, not scaled
 
     arch = traced(Gain(), nn.ReLU())
     assert labels(arch, "1.gain") == [("h1", 0)]
@@ -352,18 +352,25 @@ class Branches(nn.Module):
         return -self.inner(x)
 
 
-class TwoOutputs(nn.Module):
+class NoOutput(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = nn.Linear(2, 1)
 
     def forward(self, x):
-        return self.inner(x), x
+        self.inner(x)
+        return x.shape
+
+
+class TwoOutputs(NoOutput):
+    def forward(self, x):
+        h = torch.relu(x)
+        return self.inner(h), {"hidden": h}
 
 
 UNTRACEABLE = [
     (Branches(), r"test_arch\.py:\d+: if x\.sum\(\) > 0.*submodule and register a rule"),
-    (TwoOutputs(), "must return one tensor, it returns tuple"),
+    (NoOutput(), "must return tensors, it returns Size"),
     (nn.Linear(2, 1), r"Linear is a single layer: wrap it, as in nn\.Sequential\(layer\)"),
     (
         between(Call(lambda x: x.cumsum(1))),
@@ -381,3 +388,11 @@ def test_inputs_that_do_not_fit_are_named():
 def test_what_cannot_be_traced_says_why(net, message):
     with pytest.raises(UnsupportedModuleError, match=message):
         Architecture.from_module(net, torch.zeros(2, 2))
+
+
+def test_everything_that_is_returned_is_read_out():
+    """The units of a hidden layer that is returned too must stay where they are."""
+    net = nn.Sequential(nn.Linear(3, 2), TwoOutputs())
+    arch = Architecture.from_module(net, torch.zeros(1, 3))
+    assert arch.axes == ()
+    assert arch.apply(torch.zeros(4, arch.dimension), torch.zeros(5, 3)).shape == (4, 5, 1)

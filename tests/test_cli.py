@@ -430,6 +430,122 @@ def test_inputs_are_never_overwritten(run, two, tmp_path):
     assert [file.read_bytes() for file in two] == before
 
 
+# ---------------------------------------------------------------- barrier and merge
+
+BATCH_NORM = symflow.mlp([30, 6, 2], batch_norm=True)
+
+
+@pytest.fixture
+def three(tmp_path) -> list[Path]:
+    """Networks for breast cancer, with running statistics."""
+    found = []
+    for k, name in enumerate("uvw"):
+        w = weights(BATCH_NORM, k).abs() - 0.1 * k
+        found.append(save(tmp_path / f"{name}.safetensors", BATCH_NORM, w))
+    return found
+
+
+def cells(out: str) -> list[list[str]]:
+    """The rows of the table at the top, its head first."""
+    lines = out.split("\n\n")[0].splitlines()
+    return [re.split(r"\s{2,}", line) for line in lines if not line.startswith("--")]
+
+
+@pytest.mark.parametrize("options", [[], ["--reset", "--temperature", "--split", "test"]], ids=len)
+def test_barrier_shows_both_paths_as_the_library_measures_them(run, three, options):
+    out = run("barrier", *three[:2], *RELU, "--task", "breast_cancer", "--points", 5, *options)
+    task, q = symflow.zoo.breast_cancer(), symflow.Quotient(BATCH_NORM)
+    w0, w1 = (BATCH_NORM.flatten(load_file(f)).double() for f in three[:2])
+    kind = {"reset": task, "temperature": "midpoint"} if options else {}
+    split = "test" if options else "train"
+    wanted = symflow.evaluate.compared(q, w0, w1, task, split, points=5, accuracies=True, **kind)
+    head, *rows = cells(out)
+    assert head == ["t", "loss, raw", "accuracy, raw", "loss, aligned", "accuracy, aligned"]
+    assert [row[0] for row in rows] == ["0", "0.25", "0.5", "0.75", "1"]
+    for k, row in enumerate(rows):
+        for at, path in ((1, wanted.naive), (3, wanted.aligned)):
+            assert float(row[at]) == shown(path.losses[k])
+            assert float(row[at + 1]) == shown(path.accuracies[k])
+    found = facts(out.split("\n\n")[1])
+    assert float(found["barrier, raw"]) == shown(wanted.naive.height)
+    assert float(found["excess half way, aligned"]) == shown(wanted.aligned.midpoint)
+    assert found["data"] == f"{split} split of breast_cancer"
+    assert found["statistics"] == ("reset on training inputs" if options else "interpolated")
+    assert ("temperature, raw" in found) is bool(options)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_barrier_draws_the_paths(run, three, tmp_path, suffix):
+    file = tmp_path / "new" / f"paths.{suffix}"
+    args = ("barrier", *three[:2], *RELU, "--task", "breast_cancer", "--points", 3)
+    assert run(*args, "--plot", file).endswith(f"wrote {file}\n")
+    assert file.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
+    message = run(*args, "--plot", tmp_path / "paths.xyz", code=2)
+    assert "paths.xyz: pictures are" in message and "png" in message
+    assert "is an input and stays" in run(*args, "--plot", three[0], code=2)
+
+
+def test_barrier_refuses_what_is_no_number_of_points_and_no_task(run, three):
+    args = ("barrier", *three[:2], *RELU, "--task")
+    for points in ("4", "1", "x", "-3"):
+        message = run(*args, "digits", "--points", points, code=2)
+        assert "wanted an odd number from 3 on" in message
+    assert "unknown task 'cancer': the known ones are" in run(*args, "cancer", code=2)
+    assert "does not run on inputs of shape (64,)" in run(*args, "digits", code=2)
+    assert "required: --task" in run("barrier", *three[:2], *RELU, code=2)
+
+
+@pytest.mark.parametrize("task", [None, "breast_cancer"])
+def test_merge_writes_the_mean(run, three, tmp_path, task):
+    out = tmp_path / "new" / "mean.safetensors"
+    printed = run("merge", *three, *RELU, "-o", out, *([] if task is None else ["--task", task]))
+    q = symflow.Quotient(BATCH_NORM)
+    w = torch.stack([BATCH_NORM.flatten(load_file(f)).double() for f in three])
+    wanted = q.mean(w)
+    if task is not None:
+        data = symflow.zoo.breast_cancer()
+        wanted = symflow.evaluate.reset_normalisation(BATCH_NORM, wanted, data)
+    state = load_file(out)
+    found = BATCH_NORM.flatten(state)
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-5, atol=1e-6)
+    assert state.keys() == load_file(three[0]).keys()
+    head, *rows = cells(printed)
+    assert head[:2] == ["network", "distance to the mean"]
+    assert [row[0] for row in rows] == [*map(str, three), "mean"]
+    for row, one in zip(rows, w, strict=False):
+        assert float(row[1]) == shown(q.distance(q.mean(w), one))
+    if task is not None:
+        assert head[2:] == ["test loss", "test accuracy"]
+        assert float(rows[-1][2]) == shown(symflow.evaluate.loss(BATCH_NORM, wanted, data))
+        assert float(rows[1][3]) == shown(symflow.evaluate.accuracy(BATCH_NORM, w[1], data))
+    told = facts(printed.split("\n\n")[1])
+    assert told["networks"] == "3"
+    assert told["statistics"] == ("averaged" if task is None else "reset on training inputs")
+
+
+def test_merging_copies_gives_the_network_back(run, two, tmp_path, generator):
+    w = weights(ARCH, 0)
+    g = ARCH.symmetry.random(generator=generator, like=w)
+    save(two[1], ARCH, ARCH.symmetry.act(g, w))
+    out = tmp_path / "mean.safetensors"
+    assert "statistics" not in run("merge", *two, *RELU, "-o", out)
+    x = torch.randn(9, 5, generator=generator)
+    torch.testing.assert_close(
+        ARCH.apply(ARCH.flatten(load_file(out)), x), ARCH.apply(w, x), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_merge_refuses(run, two, three, tmp_path):
+    out = tmp_path / "mean.safetensors"
+    assert "give two networks or more" in run("merge", two[0], *RELU, "-o", out, code=2)
+    assert "is an input and stays" in run("merge", *two, *RELU, "-o", two[1], code=2)
+    assert "give --activation" in run("merge", *two, "-o", out, code=2)
+    assert f"{three[2]}: missing leaves" in run("merge", *two, three[2], *RELU, "-o", out, code=2)
+    assert "unknown task" in run("merge", *three, *RELU, "-o", out, "--task", "x", code=2)
+    assert "required: -o/--out" in run("merge", *two, *RELU, code=2)
+    assert not out.exists()
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -585,7 +701,7 @@ def test_an_interruption_ends_with_130(capsys):
 
 def test_version_and_help(run):
     assert run("--version") == f"symflow {symflow.__version__}\n"
-    for command in ("inspect", "align", "distance", "interpolate", "demo"):
+    for command in ("inspect", "align", "distance", "interpolate", "barrier", "merge", "demo"):
         assert f"    {command}" in run("--help")
         assert run(command, "--help").startswith(f"usage: symflow {command} ")
 

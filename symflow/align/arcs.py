@@ -51,7 +51,7 @@ def polish_arcs(
         any_rise = False
         for axis in symmetry.axes:
             group = axis.group
-            if not isinstance(group, CompactGroup):
+            if not isinstance(group, CompactGroup) or axis.over or symmetry.over(axis.name):
                 continue
             costs = _costs(symmetry, manifold, w0, w1, element, axis.name, families, rows)
             if not costs:

@@ -1,5 +1,6 @@
 """What every aligner takes and returns."""
 
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from symflow.arch import Element, Symmetry
 from symflow.errors import NotIsometricError
-from symflow.groups import CompactGroup
+from symflow.groups import CompactGroup, map_element
 
 
 @final
@@ -26,6 +27,7 @@ class Status(Enum):
 
     CONVERGED = "a fixed point: no single axis can be improved"
     SWEEP_LIMIT = "the sweep limit was reached before a fixed point"
+    NOT_POLISHED = "found by another criterion: a single axis may still be improved"
 
 
 @final
@@ -49,6 +51,8 @@ class Alignment:
         Wall-clock time.
     objective_bound
         No element has a greater objective than this (*batch,), or None if not asked for.
+    losses
+        For aligners that descend on a loss, what it was at each step (steps, *batch); else None.
 
     Examples
     --------
@@ -66,6 +70,7 @@ class Alignment:
     status: Status
     seconds: float
     objective_bound: Float[Tensor, "*#batch"] | None = None
+    losses: Float[Tensor, "steps *batch"] | None = None
 
 
 class Aligner(ABC):
@@ -76,6 +81,72 @@ class Aligner(ABC):
         self, symmetry: Symmetry, w0: Float[Tensor, "*#batch D"], w1: Float[Tensor, "*#batch D"]
     ) -> Alignment:
         """Align ``w1`` to ``w0``; batch dimensions broadcast, and every pair is solved."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search over N pairs ends with, before it gets the shape of the batch.
+
+    Attributes
+    ----------
+    element
+        One element for each axis (N).
+    history
+        Objective after each sweep (sweeps, N); the last is that of ``element``.
+    status
+        How the search ended, over all pairs.
+    losses
+        What was descended on (steps, N), or None.
+    """
+
+    element: Element
+    history: Float[Tensor, "sweeps N"]
+    status: Status
+    losses: Float[Tensor, "steps N"] | None = None
+
+    def reshape(self, symmetry: Symmetry, w0: Tensor, w1: Tensor, *, seconds: float) -> "Alignment":
+        """Return the result for weights (*batch, D) whose pairs, in order, are the N rows."""
+        batch = torch.broadcast_shapes(w0.shape[:-1], w1.shape[:-1])
+
+        def shaped(part: Tensor) -> Tensor:
+            return part.reshape((*batch, *part.shape[1:]))
+
+        element = {name: map_element(shaped, g) for name, g in self.element.items()}
+        weights = symmetry.act(element, w1.expand(*batch, w1.shape[-1]))
+        losses = self.losses
+        return Alignment(
+            element=element,
+            weights=weights,
+            objective=objective(symmetry, w0, weights),
+            history=self.history.reshape(len(self.history), *batch),
+            status=self.status,
+            seconds=seconds,
+            losses=None if losses is None else losses.reshape(len(losses), *batch),
+        )
+
+
+class PairedAligner(Aligner):
+    """An aligner that sees a batch as N pairs, one row each: it only has to ``search``."""
+
+    @abstractmethod
+    def search(
+        self, symmetry: Symmetry, w0: Float[Tensor, "N D"], w1: Float[Tensor, "N D"]
+    ) -> Found:
+        """Align row by row; the symmetry is compact, the weights carry no gradient."""
+
+    def __call__(
+        self, symmetry: Symmetry, w0: Float[Tensor, "*#batch D"], w1: Float[Tensor, "*#batch D"]
+    ) -> Alignment:
+        """Align every pair of the broadcast batch."""
+        require_compact(symmetry)
+        began = time.perf_counter()
+        batch = torch.broadcast_shapes(w0.shape[:-1], w1.shape[:-1])
+        left, right = (
+            w.detach().expand(*batch, w.shape[-1]).reshape(-1, w.shape[-1]) for w in (w0, w1)
+        )
+        found = self.search(symmetry, left, right)
+        return found.reshape(symmetry, w0, w1, seconds=time.perf_counter() - began)
 
 
 def require_compact(symmetry: Symmetry) -> None:

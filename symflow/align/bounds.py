@@ -59,11 +59,9 @@ def objective_bound(
 def _contract(symmetry: Symmetry, leaf: Leaf, x: Tensor, y: Tensor) -> tuple[str, int, Tensor]:
     k = next(k for k, d in enumerate(leaf.dims) if d.axis is not None)
     dim = leaf.dims[k]
-    n = symmetry[dim.axis or ""].size
 
     def rows(v: Tensor) -> Tensor:
-        v = v.unflatten(k + 1, (dim.outer, n, dim.inner)).movedim(k + 2, 1)
-        return v.reshape(len(v), n, leaf.size // n)
+        return v.movedim(k + 1, 1).reshape(len(v), leaf.shape[k], -1)
 
     return dim.axis or "", dim.degree, rows(x) @ rows(y).mT
 
@@ -73,7 +71,7 @@ def _is_matrix_between(symmetry: Symmetry, leaf: Leaf) -> bool:
     groups = [symmetry[a].group for a in leaf.axes]
     return (
         len(leaf.dims) == 2
-        and all(d.axis is not None and d.outer == d.inner == 1 for d in leaf.dims)
+        and all(d.axis is not None for d in leaf.dims)
         and all(
             isinstance(g.outer if isinstance(g, CompactProduct) else g, Permutation) for g in groups
         )

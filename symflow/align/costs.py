@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symflow.arch import Element, Leaf, Symmetry
-from symflow.groups import map_element
+from symflow.arch import Axis, Element, Leaf, Symmetry
+from symflow.groups import CompactGroup, Group, map_element, monomial
+
+Costs = dict[int, Tensor]
 
 
 @final
@@ -26,6 +28,11 @@ class Place:
         return tuple(
             d.axis for k, d in enumerate(self.leaf.dims) if k != self.dim and d.axis is not None
         )
+
+    @property
+    def degree(self) -> int:
+        """How the axis acts there."""
+        return self.leaf.dims[self.dim].degree
 
 
 @final
@@ -44,106 +51,287 @@ class Contraction:
     ``costs(axis, element)`` is C with C_ij = <unit i of w0, unit j of w1>, summed over all leaves
     that carry the axis, the other axes of w1 already moved: O(n x weights on the axis). Leaves that
     no other axis touches are contracted once.
+
+    An axis with others over it (heads, with the units in each) is solved together with these: the
+    cost of a pair of its units is the best that their elements can do on it.
     """
 
     def __init__(self, symmetry: Symmetry, w0: Tensor, w1: Tensor) -> None:
         self.symmetry = symmetry
         self.places: dict[str, list[Place]] = {a.name: [] for a in symmetry.axes}
-        self._left: dict[tuple[str, int], Tensor] = {}
-        self._leaves: dict[str, Tensor] = {}
+        self._left: dict[str, Tensor] = {}
+        self._right: dict[str, Tensor] = {}
         for leaf in symmetry.leaves:
             if not (leaf.learnable and leaf.axes):
                 continue
-            self._leaves[leaf.name] = w1[..., leaf.span].reshape(-1, *leaf.shape)
-            x0 = w0[..., leaf.span].reshape(-1, *leaf.shape)
+            self._right[leaf.name] = w1[..., leaf.span].reshape(-1, *leaf.shape)
+            self._left[leaf.name] = w0[..., leaf.span].reshape(-1, *leaf.shape)
             for k, dim in enumerate(leaf.dims):
                 if dim.axis is not None:
                     self.places[dim.axis].append(Place(leaf, k))
-                    self._left[leaf.name, k] = self._rows(x0, leaf, k)
-        self._constant: dict[str, dict[int, Tensor]] = {}
+        self._rows_left: dict[tuple[str, int], Tensor] = {}
+        self._constant: dict[str, Costs] = {}
+        self._every = torch.arange(max((len(x) for x in self._right.values()), default=0))
+
+    # ---------------------------------------------------------------- what depends on what
 
     def neighbours(self, axis: str) -> set[str]:
         """Return the axes that share a leaf with this one."""
         return {other for place in self.places[axis] for other in place.others} - {axis}
 
-    def is_quadratic(self, axis: str) -> bool:
-        """Whether the axis occurs twice in one leaf: a step is then only a linearisation."""
-        return any(axis in place.others for place in self.places[axis])
+    def is_linear(self, axis: str) -> bool:
+        """Whether the objective is linear in the axis' element: it occurs once in each leaf."""
+        return not any(axis in place.others for place in self.places[axis])
 
-    def costs(self, axis: str, element: Element, rows: Tensor) -> dict[int, Float[Tensor, "N n n"]]:
-        """Return C by degree for the networks ``rows`` of the batch."""
-        if axis not in self._constant:
-            fixed = [p for p in self.places[axis] if not p.others]
-            self._constant[axis] = self._sum(fixed, element, torch.arange(self._batch()))
-        constant = {degree: c[rows] for degree, c in self._constant[axis].items()}
-        moving = [p for p in self.places[axis] if p.others]
-        return _add(constant, self._sum(moving, element, rows))
+    def solved_with(self, axis: str) -> tuple[Axis, ...]:
+        """Return the axes over this one that are solved together with it.
 
-    def incoming(
+        Those that come without other axes over it in some leaf: there the pair's cost is theirs.
+        """
+        over = self.symmetry.over(axis)
+        names = {a.name for a in over}
+        return tuple(
+            a for a in over if any(not names & set(p.others) for p in self.places[a.name])
+        )
+
+    # ---------------------------------------------------------------- one step
+
+    def best(
         self,
         axis: str,
         element: Element,
-        known: set[str],
-        weights: Mapping[str, Tensor] | None,
-    ) -> dict[int, Float[Tensor, "N n n"]]:
-        """Return C over the leaves whose other axes are all ``known``.
+        rows: Tensor,
+        known: set[str] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Element:
+        """Solve for one axis, and those over it, the others being as they are.
 
-        ``weights`` holds, for each leaf without other axes, one factor for each coordinate of a
-        unit: the covariant way of making starts differ.
+        Parameters
+        ----------
+        axis
+            Name of the axis.
+        element
+            Where all axes are (N).
+        rows
+            The networks of the batch to solve for.
+        known
+            Use only leaves whose other axes are all among these; all leaves if None.
+        weights
+            For each leaf without other axes one factor for each coordinate of a unit: the covariant
+            way of making starts differ.
+
+        Returns
+        -------
+        Element
+            New elements of the axes solved for, for ``rows``; none if no leaf can be used.
         """
-        places = [p for p in self.places[axis] if set(p.others) <= known]
-        return self._sum(places, element, torch.arange(self._batch()), weights)
+        found = self.symmetry[axis]
+        inner = self.solved_with(axis)
+        if found.over is not None:
+            return self._best_over(found, element, rows, known)
+        names = {a.name for a in inner}
+        usable = [p for p in self.places[axis] if known is None or _ready(p, known, names)]
+        plain = [p for p in usable if not names & set(p.others)]
+        costs = self._costs(axis, plain, element, rows, weights, constant=known is None)
+        if not inner:
+            return {axis: oracle(found.group).nearest_by_degree(costs)} if costs else {}
+        blocks = {a.name: self._blocks(a, usable, element, rows) for a in inner}
+        for a in inner:
+            if blocks[a.name]:
+                support = oracle(a.group).support_by_degree(blocks[a.name])
+                costs[0] = costs[0] + support if 0 in costs else support
+        if not costs:
+            return {}
+        new = {axis: oracle(found.group).nearest_by_degree(costs)}
+        index = _index(found.group, new[axis])
+        for a in inner:
+            if blocks[a.name]:
+                chosen = {p: _pairs(c, index) for p, c in blocks[a.name].items()}
+                best = oracle(a.group).nearest_by_degree(chosen)
+                new[a.name] = self.symmetry.carried(a, best, 1, new, back=True)
+        return new
 
-    def width(self, place: Place) -> int:
-        """Return the number of coordinates that a leaf gives to one unit."""
-        return self._left[place.leaf.name, place.dim].shape[-1]
+    def costs(self, axis: str, element: Element, rows: Tensor) -> Costs:
+        """Return C (N, n, n) by degree for the networks ``rows`` of the batch."""
+        return self._costs(axis, self.places[axis], element, rows, None, constant=True)
 
-    def _batch(self) -> int:
-        return max((x.shape[0] for x in self._leaves.values()), default=0)
+    def gain(self, axis: str, costs: Costs, new: Any, old: Any) -> Float[Tensor, " N"]:
+        """Return by how much the (linear) objective rises from one element of an axis to another.
+
+        Exact if the axis occurs once in each leaf; O(n) for permutations.
+        """
+        group = self.symmetry[axis].group
+        return inner_product(group, costs, new) - inner_product(group, costs, old)
+
+    def _costs(
+        self,
+        axis: str,
+        places: list[Place],
+        element: Element,
+        rows: Tensor,
+        weights: Mapping[str, Tensor] | None,
+        *,
+        constant: bool,
+    ) -> Costs:
+        if not constant:
+            return self._sum(places, element, rows, weights)
+        if axis not in self._constant:
+            fixed = [p for p in places if not p.others]
+            self._constant[axis] = self._sum(fixed, element, self._every, None)
+        whole = len(rows) == len(self._every)
+        total = {p: c if whole else c[rows] for p, c in self._constant[axis].items()}
+        return _add(total, self._sum([p for p in places if p.others], element, rows, None))
 
     def _sum(
         self,
         places: list[Place],
         element: Element,
         rows: Tensor,
-        weights: Mapping[str, Tensor] | None = None,
-    ) -> dict[int, Tensor]:
-        total: dict[int, Tensor] = {}
+        weights: Mapping[str, Tensor] | None,
+    ) -> Costs:
+        total: Costs = {}
         for place in places:
-            leaf, k = place.leaf, place.dim
-            left = self._left[leaf.name, k]
-            left = left if left.shape[0] == 1 else left[rows]
-            right = self._rows(self._moved(leaf, k, element, rows), leaf, k)
-            if weights is not None and leaf.name in weights:
-                left = left * weights[leaf.name].to(left)
-            c = left @ right.mT
-            total = _add(total, {leaf.dims[k].degree: c})
+            left = self._left_rows(place, rows)
+            right = _rows(self._moved(place, element, rows), place.dim)
+            if weights is not None and place.leaf.name in weights:
+                left = left * weights[place.leaf.name].to(left)
+            total = _add(total, {place.degree: left @ right.mT})
         return total
 
-    def _moved(self, leaf: Leaf, k: int, element: Element, rows: Tensor) -> Tensor:
-        """Return the leaf of w1 with every dimension but ``k`` moved by the element."""
-        x = self._leaves[leaf.name][rows]
-        for j, dim in enumerate(leaf.dims):
-            if j == k or dim.axis is None:
+    def _best_over(
+        self, axis: Axis, element: Element, rows: Tensor, known: set[str] | None
+    ) -> Element:
+        costs: Costs = {}
+        for place in self.places[axis.name]:
+            if known is not None and not set(place.others) <= known:
                 continue
-            n = self.symmetry[dim.axis].size
-            at = j - len(leaf.dims)
-            shape = x.shape
-            x = x.unflatten(at, (dim.outer, n, dim.inner))
-            g = map_element(lambda part: part[rows], element[dim.axis])
-            x = self.symmetry[dim.axis].group.act(g, x, dim=at - 1, degree=dim.degree)
-            x = x.reshape(shape)
-        return x
+            left = _units(self._left[place.leaf.name], place, flat=False)
+            left = left if len(left) == 1 else left[rows]
+            right = _units(self._moved(place, element, rows), place, flat=False)
+            costs = _add(costs, {place.degree: left @ right.mT})
+        if not costs:
+            return {}
+        best = oracle(axis.group).nearest_by_degree(costs)
+        over = axis.over or ""
+        moved = {over: map_element(lambda part: part[rows], element[over])}
+        return {axis.name: self.symmetry.carried(axis, best, 1, moved, back=True)}
 
-    def _rows(self, x: Tensor, leaf: Leaf, k: int) -> Tensor:
-        """View a leaf (N, ...) as (N, n, coordinates of one unit)."""
-        dim = leaf.dims[k]
-        n = leaf.shape[k] // (dim.outer * dim.inner)
-        x = x.unflatten(k + 1, (dim.outer, n, dim.inner)).movedim(k + 2, 1)
-        return x.reshape(x.shape[0], n, leaf.size // n)
+    def _blocks(self, axis: Axis, usable: list[Place], element: Element, rows: Tensor) -> Costs:
+        """Return the costs of an axis for each pair of units of the one it is over, by degree.
+
+        Of shape (N, n, n, m, m): what units i of w0 and j of w1 have in common, inside.
+        """
+        total: Costs = {}
+        leaves = {p.leaf.name for p in usable}
+        for place in self.places[axis.name]:
+            if place.leaf.name not in leaves:
+                continue
+            n, m = self.symmetry[axis.over or ""].size, axis.size
+            left = _units(self._left[place.leaf.name], place, flat=True)
+            left = left if len(left) == 1 else left[rows]
+            within = place.leaf.dims[place.dim].within
+            moved = self._moved(place, element, rows, also=within)
+            c = left @ _units(moved, place, flat=True).mT
+            total = _add(total, {place.degree: c.reshape(-1, n, m, n, m).transpose(2, 3)})
+        return total
+
+    def width(self, place: Place) -> int:
+        """Return the number of coordinates that a leaf gives to one unit."""
+        return place.leaf.size // place.leaf.shape[place.dim]
+
+    def _left_rows(self, place: Place, rows: Tensor) -> Tensor:
+        key = place.leaf.name, place.dim
+        if key not in self._rows_left:
+            self._rows_left[key] = _rows(self._left[place.leaf.name], place.dim)
+        left = self._rows_left[key]
+        return left if len(left) == 1 or len(left) == len(rows) else left[rows]
+
+    def _moved(
+        self, place: Place, element: Element, rows: Tensor, also: int | None = None
+    ) -> Tensor:
+        """Return the leaf of w1 with every dimension moved but that of the place (and another)."""
+        whole = len(rows) == len(self._every)
+        x = self._right[place.leaf.name]
+        x = x if whole else x[rows]
+        if not place.others:
+            return x
+        axes = {d.axis for k, d in enumerate(place.leaf.dims) if k not in (place.dim, also)}
+        here = {
+            k: g if whole else map_element(lambda part: part[rows], g)
+            for k, g in element.items()
+            if k in axes
+        }
+        return self.symmetry.act_on_leaf(here, place.leaf, x, skip=(place.dim, also))
 
 
-def _add(a: dict[int, Tensor], b: dict[int, Tensor]) -> dict[int, Tensor]:
+def oracle(group: Group[Any]) -> CompactGroup[Any]:
+    """Return a group that aligners can maximise over.
+
+    Raises
+    ------
+    TypeError
+        If it is not compact.
+    """
+    if isinstance(group, CompactGroup):
+        return group
+    raise TypeError(f"{group} is not compact")  # excluded by require_compact
+
+
+def inner_product(group: Group[Any], costs: Costs, g: Any) -> Float[Tensor, " N"]:
+    """Return the sum over degrees p of <A^(p), c_p>, A^(p) being how degree p acts."""
+    found = monomial(group, g)
+    total: Tensor | None = None
+    for degree, c in costs.items():
+        if found is None:
+            power = group.act(g, _eye(c), dim=-2, degree=degree if degree else 1)
+            value = (power * c).sum((-2, -1))
+        else:
+            index, scales = found
+            picked = c.diagonal(dim1=-2, dim2=-1)
+            if index is not None:
+                picked = c.gather(-1, index[..., None]).squeeze(-1)
+            value = (picked if scales is None else picked * scales.to(c) ** degree).sum(-1)
+        total = value if total is None else total + value
+    return total if total is not None else torch.zeros(())
+
+
+def _ready(place: Place, known: set[str], solved: set[str]) -> bool:
+    """Whether all other axes of a leaf are known, but for one that is solved at the same time."""
+    return len(set(place.others) & solved) < 2 and set(place.others) <= known | solved
+
+
+def _eye(c: Tensor) -> Tensor:
+    return torch.eye(c.shape[-1], dtype=c.dtype, device=c.device).expand_as(c)
+
+
+def _rows(x: Tensor, k: int) -> Tensor:
+    """View a leaf (N, ...) as (N, n, coordinates of one unit)."""
+    return x.movedim(k + 1, 1).reshape(len(x), x.shape[k + 1], -1)
+
+
+def _units(x: Tensor, place: Place, *, flat: bool) -> Tensor:
+    """View a leaf by the units of an axis and of the one it is over: (N, m, n, rest)."""
+    within = place.leaf.dims[place.dim].within or 0
+    moved = x.movedim([within + 1, place.dim + 1], [1, 2])
+    moved = moved.reshape(*moved.shape[:3], -1)
+    return moved.flatten(1, 2) if flat else moved
+
+
+def _index(group: Group[Any], g: Any) -> Tensor:
+    found = monomial(group, g)
+    if found is None or found[0] is None:
+        size = group.size
+        return torch.arange(size).expand(*group.batch_shape(g), size)
+    return found[0]
+
+
+def _pairs(c: Tensor, index: Tensor) -> Tensor:
+    """Pick from (N, n, n, m, m) the blocks of units i and index_i."""
+    at = index[..., None, None, None].expand(*index.shape, 1, *c.shape[-2:])
+    return c.gather(2, at).squeeze(2)
+
+
+def _add(a: Costs, b: Costs) -> Costs:
     total = dict(a)
     for degree, c in b.items():
         total[degree] = total[degree] + c if degree in total else c

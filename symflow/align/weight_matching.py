@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.align.base import Aligner, Alignment, Status, objective, require_compact
-from symflow.align.costs import Contraction, where
-from symflow.arch import Element, Symmetry
+from symflow.align.costs import Contraction, oracle, where
+from symflow.arch import Axis, Element, Symmetry
 from symflow.errors import ShapeError
-from symflow.groups import CompactGroup, map_element
+from symflow.groups import map_element
 from symflow.numerics import tolerance
 
 
@@ -81,6 +81,43 @@ class WeightMatching(Aligner):
         best = self._ascend(problem, symmetry, left, right, 0)
         for k in range(1, len(self.starts)):
             best = _better(best, self._ascend(problem, symmetry, left, right, k), right.dtype)
+        return self._result(symmetry, w0, w1, best, batch, began)
+
+    def ascend_from(
+        self,
+        symmetry: Symmetry,
+        w0: Float[Tensor, "*#batch D"],
+        w1: Float[Tensor, "*#batch D"],
+        element: Element,
+    ) -> Alignment:
+        """Ascend from a given element (*batch) instead of the starts: polish what another found."""
+        require_compact(symmetry)
+        began = time.perf_counter()
+        batch = torch.broadcast_shapes(w0.shape[:-1], w1.shape[:-1])
+        left, right = (
+            w.detach().expand(*batch, w.shape[-1]).reshape(-1, w.shape[-1]) for w in (w0, w1)
+        )
+        flat = {
+            a.name: map_element(
+                lambda part, own=len(symmetry.batch_shape(a, element[a.name])): part.expand(
+                    *batch, *part.shape[own:]
+                ).reshape(-1, *part.shape[own:]),
+                element[a.name],
+            )
+            for a in symmetry.axes
+        }
+        found = self._climb(Contraction(symmetry, left, right), symmetry, left, right, flat)
+        return self._result(symmetry, w0, w1, found, batch, began)
+
+    def _result(
+        self,
+        symmetry: Symmetry,
+        w0: Tensor,
+        w1: Tensor,
+        best: "_Ascent",
+        batch: torch.Size,
+        began: float,
+    ) -> Alignment:
         element = {
             k: map_element(lambda part: part.reshape((*batch, *part.shape[1:])), g)
             for k, g in best.element.items()
@@ -100,6 +137,11 @@ class WeightMatching(Aligner):
         self, problem: Contraction, symmetry: Symmetry, w0: Tensor, w1: Tensor, k: int
     ) -> "_Ascent":
         element = self._start(problem, symmetry, w1, self.starts[k], k)
+        return self._climb(problem, symmetry, w0, w1, element)
+
+    def _climb(
+        self, problem: Contraction, symmetry: Symmetry, w0: Tensor, w1: Tensor, element: Element
+    ) -> "_Ascent":
         value = objective(symmetry, w0, symmetry.act(element, w1))
         history = [value]
         stale = {a.name: torch.ones(len(w1), dtype=torch.bool) for a in symmetry.axes}
@@ -110,23 +152,18 @@ class WeightMatching(Aligner):
                 if len(rows) == 0:
                     continue
                 stale[axis.name] = torch.zeros_like(stale[axis.name])
-                costs = problem.costs(axis.name, element, rows)
-                new = _oracle(axis.group).nearest_by_degree(costs)
-                trial = element | {
-                    axis.name: map_element(
-                        lambda old, part, rows=rows: old.index_copy(0, rows, part.to(old.dtype)),
-                        element[axis.name],
-                        new,
-                    )
-                }
-                after = objective(symmetry, w0, symmetry.act(trial, w1))
+                trial, after = _step(problem, symmetry, axis, w0, w1, element, value, rows)
                 # Exact steps never lose; linearised ones (an axis twice in a leaf) and ties may.
                 rise = after - value > tolerance(w1.dtype).gain * value.abs()
-                element = {name: where(rise, trial[name], element[name]) for name in element}
+                if not bool(rise.any()):
+                    continue
+                element = element | {
+                    name: where(rise, g, element[name]) for name, g in trial.items()
+                }
                 value = torch.where(rise, after, value)
                 for other in problem.neighbours(axis.name):
                     stale[other] = stale[other] | rise
-                if problem.is_quadratic(axis.name):
+                if not problem.is_linear(axis.name) or problem.solved_with(axis.name):
                     stale[axis.name] = stale[axis.name] | rise
             history.append(value)
             if not any(bool(s.any()) for s in stale.values()):
@@ -138,19 +175,16 @@ class WeightMatching(Aligner):
         self, problem: Contraction, symmetry: Symmetry, w1: Tensor, start: str, k: int
     ) -> Element:
         element = {
-            a.name: map_element(
-                lambda part: part.expand(len(w1), *part.shape).clone(), a.group.identity(like=w1)
-            )
-            for a in symmetry.axes
+            name: map_element(lambda part: part.expand(len(w1), *part.shape).clone(), g)
+            for name, g in symmetry.identity(like=w1).items()
         }
         if start == "identity":
             return element
         weights = self._factors(problem, k) if start == "random" else None
         known: set[str] = set()
+        rows = torch.arange(len(w1))
         for axis in symmetry.axes:
-            costs = problem.incoming(axis.name, element, known, weights)
-            if costs:
-                element[axis.name] = _oracle(axis.group).nearest_by_degree(costs)
+            element |= problem.best(axis.name, element, rows, known, weights)
             known.add(axis.name)
         return element
 
@@ -163,6 +197,39 @@ class WeightMatching(Aligner):
             for place in places
             if not place.others
         }
+
+
+def _step(
+    problem: Contraction,
+    symmetry: Symmetry,
+    axis: Axis,
+    w0: Tensor,
+    w1: Tensor,
+    element: Element,
+    value: Tensor,
+    rows: Tensor,
+) -> tuple[Element, Tensor]:
+    """Solve for one axis; return its new elements and the objective with them."""
+
+    def spread(name: str, part: Any) -> Any:
+        if len(rows) == len(w1):
+            return part
+        return map_element(
+            lambda old, new: old.index_copy(0, rows, new.to(old.dtype)), element[name], part
+        )
+
+    plain = axis.over is None and not problem.solved_with(axis.name)
+    if plain and problem.is_linear(axis.name):  # what a step gains, its costs tell
+        costs = problem.costs(axis.name, element, rows)
+        if not costs:
+            return {}, value
+        new = oracle(axis.group).nearest_by_degree(costs)
+        old = map_element(lambda part: part[rows], element[axis.name])
+        gain = problem.gain(axis.name, costs, new, old).to(value.dtype)
+        return {axis.name: spread(axis.name, new)}, value.index_add(0, rows, gain)
+    found = problem.best(axis.name, element, rows)
+    trial = {name: spread(name, part) for name, part in found.items()}
+    return trial, objective(symmetry, w0, symmetry.act(element | trial, w1))
 
 
 @dataclass(frozen=True)
@@ -187,9 +254,3 @@ def _better(a: _Ascent, b: _Ascent, dtype: torch.dtype) -> _Ascent:
         torch.where(first, *histories),
         Status.SWEEP_LIMIT if Status.SWEEP_LIMIT in both else Status.CONVERGED,
     )
-
-
-def _oracle(group: Any) -> CompactGroup[Any]:
-    if isinstance(group, CompactGroup):
-        return group
-    raise TypeError(f"{group} is not compact")  # excluded by require_compact

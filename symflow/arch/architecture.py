@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from symflow.arch.layout import Axis, Leaf, assemble
+from symflow.arch.running import mappable, tensors_of
 from symflow.arch.symmetry import Symmetry
-from symflow.arch.template import canonical_names, leaves_of, template, ties_across_modules
+from symflow.arch.template import (
+    canonical_names,
+    leaves_of,
+    template,
+    ties_across_modules,
+    within,
+)
 from symflow.arch.trace import trace
 from symflow.arch.verify import verify
 from symflow.errors import LeafError, ShapeError
@@ -108,6 +115,7 @@ class Architecture:
         names, aliases = canonical_names(traced)
         found = trace(traced, example_inputs, names)
         leaves = leaves_of(traced, found.leaves, dict(aliases))
+        leaves = within(leaves, {a.name: a.over for a in found.axes})
         symmetry = Symmetry(leaves, found.axes, found.fixed)
         verify(traced, example_inputs, leaves, symmetry)
         return Architecture(traced, example_inputs, leaves, symmetry, found.output, aliases)
@@ -133,7 +141,7 @@ class Architecture:
     def fingerprint(self) -> str:
         """A hash of leaves, axes and groups: files of one architecture do not load into another."""
         rows: list[Any] = [
-            [x.name, x.shape, x.learnable, [[d.axis, d.degree, d.outer, d.inner] for d in x.dims]]
+            [x.name, x.shape, x.learnable, [[d.axis, d.degree, d.within] for d in x.dims]]
             for x in self.leaves
         ]
         rows += [[a.name, a.size, str(a.group)] for a in self.axes]
@@ -370,7 +378,8 @@ class Architecture:
             out = torch.stack(rows)
         else:
             dims = (0, *(in_dim for _ in inputs))
-            out = vmap(self._forward, in_dims=dims)(state, *inputs)
+            with mappable():
+                out = vmap(self._forward, in_dims=dims)(state, *inputs)
         return out.reshape((*batch, *out.shape[1:]))
 
     @cached_property
@@ -380,7 +389,8 @@ class Architecture:
 
     def _forward(self, state: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         ties = {alias: state[name] for alias, name in self._ties}
-        return functional_call(self.module, state | ties, inputs, tie_weights=False)
+        output = functional_call(self.module, state | ties, inputs, tie_weights=False)
+        return next(tensors_of(output))
 
     @cached_property
     def _ties(self) -> tuple[tuple[str, str], ...]:

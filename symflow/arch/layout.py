@@ -2,9 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from symflow.groups import Group
 @final
 @dataclass(frozen=True)
 class Dim:
-    """One dimension of a leaf (or of a value inside the network).
+    """One dimension of a leaf.
 
     Attributes
     ----------
@@ -24,67 +24,18 @@ class Dim:
     degree
         How the axis' group acts: +1 by A, -1 by A^-T, p by the p-th power of a diagonal A (so 0
         means: permuted, not scaled).
-    outer, inner
-        The axis is repeated: the dimension has size ``outer * n * inner`` and its coordinate
-        ``(o * n + i) * inner + k`` belongs to unit i. A flatten makes such dimensions.
+    within
+        For an axis over another one: which dimension of the leaf that other one runs over.
 
     Examples
     --------
-    >>> Dim("h1", 1).dual()
-    Dim(axis='h1', degree=-1, outer=1, inner=1)
+    >>> Dim("h1", -1)
+    Dim(axis='h1', degree=-1, within=None)
     """
 
     axis: str | None = None
     degree: int = 0
-    outer: int = 1
-    inner: int = 1
-
-    def dual(self) -> "Dim":
-        """Return the dimension that is contracted with this one: the degree changes its sign."""
-        return replace(self, degree=-self.degree)
-
-
-FIXED = Dim()
-
-
-@final
-@dataclass(frozen=True)
-class Segments:
-    """A dimension made of several, one after the other, as a concatenation makes it.
-
-    Attributes
-    ----------
-    parts
-        What each part runs over, and how many coordinates it has.
-
-    Examples
-    --------
-    >>> Segments(((Dim("h1", 1), 4), (Dim("h2", 1), 3))).size
-    7
-    """
-
-    parts: tuple[tuple[Dim, int], ...]
-
-    @property
-    def size(self) -> int:
-        """Number of coordinates."""
-        return sum(size for _, size in self.parts)
-
-
-Label: TypeAlias = "Dim | Segments"
-
-
-def each(function: Callable[[Dim], Dim], label: Label) -> Label:
-    """Apply a function to a dimension, or to all parts of one.
-
-    Examples
-    --------
-    >>> each(Dim.dual, Segments(((Dim("h1", 1), 4),))).parts[0][0].degree
-    -1
-    """
-    if isinstance(label, Segments):
-        return Segments(tuple((function(dim), size) for dim, size in label.parts))
-    return function(label)
+    within: int | None = None
 
 
 @final
@@ -95,13 +46,17 @@ class Axis:
     Attributes
     ----------
     name
-        ``h1``, ``h2``, ... from the input to the output.
+        ``h1``, ``h2``, ... from the input to the output; ``h1.1``, ``h1.2`` for axes over ``h1``.
     size
         Number of units.
     group
         What acts on them without changing the network's function.
     reason
         Where the axis comes from and why this group acts, in words.
+    over
+        Name of another axis each of whose units has an element of ``group`` of its own: the units
+        inside each attention head, say, over the heads. Together they are a wreath product. An
+        element then has the units of that axis as its last batch dimension.
 
     Examples
     --------
@@ -114,6 +69,7 @@ class Axis:
     size: int
     group: Group[Any]
     reason: str
+    over: str | None = None
 
 
 @final
@@ -122,7 +78,8 @@ class Leaf:
     """A parameter or floating point buffer, and where it stands in the flat vector.
 
     A parameter that takes a concatenation of several axes in (or gives one out) is cut into one
-    leaf for each of them, so that each dimension of a leaf runs over one axis.
+    leaf for each of them; a dimension that runs over several axes at once (heads, and the units in
+    each) is unflattened: so each dimension of a leaf runs over one axis.
 
     Attributes
     ----------
@@ -130,7 +87,7 @@ class Leaf:
         Its key in the state dict; for a part of a parameter with its region, as in
         ``conv.weight[:, 0:64]``.
     shape
-        Its shape.
+        Its shape, one size for each of its dimensions.
     dims
         One :class:`Dim` for each of its dimensions.
     offset
@@ -139,6 +96,8 @@ class Leaf:
         True for parameters. Buffers move along with the axes but never count in a norm.
     region
         For a part of a parameter: where it begins and ends in each dimension.
+    stored
+        Shape of this part in the state dict, where that is another than ``shape``.
 
     Examples
     --------
@@ -152,6 +111,7 @@ class Leaf:
     offset: int
     learnable: bool = True
     region: tuple[tuple[int, int], ...] = ()
+    stored: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -159,10 +119,13 @@ class Leaf:
         return self.name.partition("[")[0] if self.region else self.name
 
     def of(self, parameter: Tensor) -> Tensor:
-        """View this leaf in its parameter (*batch, *parameter.shape)."""
+        """View this leaf (*batch, *shape) in its parameter (*batch, *parameter.shape)."""
         for k, (begin, end) in enumerate(self.region):
             parameter = parameter.narrow(k - len(self.region), begin, end - begin)
-        return parameter
+        if not self.stored:
+            return parameter
+        batch = parameter.shape[: parameter.ndim - len(self.stored)]
+        return parameter.reshape(*batch, *self.shape)
 
     @property
     def size(self) -> int:
@@ -180,57 +143,77 @@ class Leaf:
         return tuple(d.axis for d in self.dims if d.axis is not None)
 
 
-def cut(name: str, shape: tuple[int, ...], labels: tuple[Label, ...]) -> list[Leaf]:
+# One dimension of a parameter as its parts, one after the other; each part as its factors
+# (size, what runs over it), the last one running fastest.
+Factors = tuple[tuple[int, Dim], ...]
+
+
+def cut(name: str, shape: tuple[int, ...], parts: Sequence[Sequence[Factors]]) -> list[Leaf]:
     """Cut a parameter into leaves each of whose dimensions runs over one axis.
 
-    Offsets and whether it is learnable are left to the caller.
+    Offsets, dimensions ``within`` others and whether it is learnable are left to the caller.
 
     Examples
     --------
-    >>> label = Segments(((Dim("h1", -1), 2), (Dim("h2", -1), 3)))
-    >>> [leaf.name for leaf in cut("w", (4, 5), (FIXED, label))]
+    >>> rows, columns = [((4, Dim()),)], [((2, Dim("h1", -1)),), ((3, Dim("h2", -1)),)]
+    >>> [leaf.name for leaf in cut("w", (4, 5), [rows, columns])]
     ['w[:, 0:2]', 'w[:, 2:5]']
     """
-    choices: list[list[tuple[Dim, int, int]]] = []
-    for size, label in zip(shape, labels, strict=True):
-        at, parts = 0, []
-        for dim, n in label.parts if isinstance(label, Segments) else ((label, size),):
-            parts.append((dim, at, at + n))
+    choices: list[list[tuple[Factors, int, int]]] = []
+    for dimension in parts:
+        at, found = 0, []
+        for factors in dimension:
+            n = math.prod(size for size, _ in factors)
+            found.append((factors, at, at + n))
             at += n
-        choices.append(parts)
-    whole = all(len(parts) == 1 for parts in choices)
-    found: list[Leaf] = []
+        choices.append(found)
+    whole = all(len(found) == 1 for found in choices)
+    leaves: list[Leaf] = []
     for chosen in itertools.product(*choices):
         spans = [
-            ":" if len(parts) == 1 else f"{begin}:{end}"
-            for parts, (_, begin, end) in zip(choices, chosen, strict=True)
+            ":" if len(found) == 1 else f"{begin}:{end}"
+            for found, (_, begin, end) in zip(choices, chosen, strict=True)
         ]
-        found.append(
+        stored = tuple(end - begin for _, begin, end in chosen)
+        flat = [factor for factors, *_ in chosen for factor in factors]
+        logical = tuple(size for size, _ in flat)
+        leaves.append(
             Leaf(
                 name if whole else f"{name}[{', '.join(spans)}]",
-                tuple(end - begin for _, begin, end in chosen),
-                tuple(dim for dim, *_ in chosen),
+                logical,
+                tuple(dim for _, dim in flat),
                 0,
                 region=() if whole else tuple((begin, end) for _, begin, end in chosen),
+                stored=() if stored == logical else stored,
             )
         )
-    return found
+    return leaves
 
 
-def assemble(parts: Sequence[tuple[Leaf, Tensor]], dim: int = 0) -> Tensor:
-    """Put the parts of a parameter together again; a whole one is returned as it is.
+def assemble(parts: Sequence[tuple[Leaf, Tensor]]) -> Tensor:
+    """Put the parts of a parameter (*batch, *leaf.shape) together again, in its stored shape.
 
     Examples
     --------
-    >>> label = Segments(((Dim("h1", -1), 2), (Dim("h2", -1), 3)))
-    >>> leaves = cut("w", (4, 5), (FIXED, label))
+    >>> columns = [((2, Dim("h1", -1)),), ((3, Dim("h2", -1)),)]
+    >>> leaves = cut("w", (4, 5), [[((4, Dim()),)], columns])
     >>> w = torch.arange(20).reshape(4, 5)
     >>> torch.equal(assemble([(leaf, leaf.of(w)) for leaf in leaves]), w)
     True
     """
+    return _assemble([(leaf, _as_stored(leaf, value)) for leaf, value in parts], 0)
+
+
+def _as_stored(leaf: Leaf, value: Tensor) -> Tensor:
+    if not leaf.stored:
+        return value
+    return value.reshape(*value.shape[: value.ndim - len(leaf.shape)], *leaf.stored)
+
+
+def _assemble(parts: Sequence[tuple[Leaf, Tensor]], dim: int) -> Tensor:
     leaf, value = parts[0]
     if len(parts) == 1:
         return value
     begins = sorted({part.region[dim][0] for part, _ in parts})
-    rows = [assemble([p for p in parts if p[0].region[dim][0] == b], dim + 1) for b in begins]
+    rows = [_assemble([p for p in parts if p[0].region[dim][0] == b], dim + 1) for b in begins]
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=dim - len(leaf.region))

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from symflow.arch.layout import Axis, Dim, Leaf
 from symflow.errors import ShapeError
-from symflow.groups import CompactGroup, NoncompactGroup, map_element, monomial
+from symflow.groups import (
+    CompactGroup,
+    NoncompactGroup,
+    Trivial,
+    invert,
+    map_element,
+    monomial,
+)
 
 Element = dict[str, Any]
 
@@ -51,23 +58,80 @@ class Symmetry:
 
     def identity(self, *, like: Tensor) -> Element:
         """Return the element that moves nothing."""
-        return {a.name: a.group.identity(like=like) for a in self.axes}
+        return {a.name: self._each_unit(a, a.group.identity(like=like)) for a in self.axes}
+
+    def _each_unit(self, axis: Axis, g: Any) -> Any:
+        """Repeat an element for each unit of the axis that ``axis`` is over."""
+        if axis.over is None:
+            return g
+        n = self[axis.over].size
+        return map_element(lambda part: part.expand(n, *part.shape).clone(), g)
 
     def random(
         self, *, generator: torch.Generator, like: Tensor, batch: tuple[int, ...] = ()
     ) -> Element:
         """Draw each axis independently (Haar on compact groups)."""
-        return {
-            a.name: a.group.random(generator=generator, like=like, batch=batch) for a in self.axes
-        }
+        found: Element = {}
+        for a in self.axes:
+            units = () if a.over is None else (self[a.over].size,)
+            found[a.name] = a.group.random(generator=generator, like=like, batch=(*batch, *units))
+        return found
 
     def compose(self, g: Element, h: Element) -> Element:
         """Return the element that acts as ``h`` first, then ``g``."""
-        return {a.name: a.group.compose(g[a.name], h[a.name]) for a in self.axes}
+        found: Element = {}
+        for a in self.axes:
+            # Elements over an axis stand at the units as they are before that axis is moved.
+            first = g[a.name]
+            if a.over is not None:
+                batch = len(self.batch_shape(a, first))
+                first = self.carried(a, first, batch, h, back=True)
+            found[a.name] = a.group.compose(first, h[a.name])
+        return found
 
     def inverse(self, g: Element) -> Element:
         """Return the element that undoes ``g``."""
-        return {a.name: a.group.inverse(g[a.name]) for a in self.axes}
+        found: Element = {}
+        for a in self.axes:
+            undone = a.group.inverse(g[a.name])
+            if a.over is not None:
+                batch = len(self.batch_shape(a, undone))
+                undone = self.carried(a, undone, batch, g, back=False)
+            found[a.name] = undone
+        return found
+
+    def carried(
+        self, axis: Axis, part: Any, batch: int, g: Mapping[str, Any], *, back: bool = False
+    ) -> Any:
+        """Reorder elements over another axis as ``g`` moves that one's units.
+
+        Parameters
+        ----------
+        axis
+            An axis over another one.
+        part
+            An element of it; it stands where those units were before they were moved.
+        batch
+            How many batch dimensions it has, without those units.
+        g
+            Moves the other axis, if it names it.
+        back
+            The other way: ``part`` stands where the units are afterwards.
+        """
+        over = self[axis.over or ""]
+        if over.name not in g:
+            return part
+        found = monomial(over.group, g[over.name])
+        if found is None:
+            raise TypeError(f"axis {axis.name} is over {over.name}, whose units {over.group} mixes")
+        index = found[0]
+        if index is None:
+            return part
+        missing = batch - (index.ndim - 1)
+        if missing > 0:
+            index = index.reshape((*(1,) * missing, *index.shape))
+        part = part if missing >= 0 else _lift(part, -missing)
+        return reorder(part, invert(index) if back else index)
 
     def act(self, g: Mapping[str, Any], w: Float[Tensor, "*batch D"]) -> Float[Tensor, "*out D"]:
         """Move weights along their orbit.
@@ -97,15 +161,36 @@ class Symmetry:
                 f"{[a.name for a in self.axes]}"
             )
         parts = {a.name: monomial(a.group, g[a.name]) for a in self.axes if a.name in g}
-        if all(p is not None for p in parts.values()):
-            return self._act_monomial({k: p for k, p in parts.items() if p is not None}, w)
-        return self._act_by_leaf(g, w)
+        if not all(p is not None for p in parts.values()):
+            return self._act_by_leaf(g, w)
+        found = {k: p for k, p in parts.items() if p is not None}
+        for axis in self.axes:
+            if axis.over is not None and axis.name in found:  # as they stand afterwards
+                found[axis.name] = tuple(
+                    None if part is None else self.carried(axis, part, part.ndim - 2, g)
+                    for part in found[axis.name]
+                )
+        return self._act_monomial(found, w)
 
     @property
     def compact(self) -> "Symmetry":
-        """The group that is left on the balanced section: the residual group of each axis."""
+        """The group that is left on the balanced section: the residual group of each axis.
+
+        Axes over another one on which nothing is left are left out, and their dimensions are fixed.
+        """
         axes = tuple(replace(a, group=_residual(a)) for a in self.axes)
-        return replace(self, axes=axes)
+        gone = {a.name for a in axes if a.over is not None and isinstance(a.group, Trivial)}
+        if not gone:
+            return replace(self, axes=axes)
+        leaves = tuple(
+            replace(x, dims=tuple(Dim() if d.axis in gone else d for d in x.dims))
+            for x in self.leaves
+        )
+        return replace(self, leaves=leaves, axes=tuple(a for a in axes if a.name not in gone))
+
+    def over(self, name: str) -> tuple[Axis, ...]:
+        """Return the axes each of whose elements is one for each unit of this one."""
+        return tuple(a for a in self.axes if a.over == name)
 
     def __getitem__(self, name: str) -> Axis:
         for axis in self.axes:
@@ -130,7 +215,7 @@ class Symmetry:
         return sum(leaf.size for leaf in self.leaves)
 
     def _act_monomial(
-        self, parts: dict[str, tuple[Tensor | None, Tensor | None]], w: Tensor
+        self, parts: Mapping[str, tuple[Tensor | None, Tensor | None]], w: Tensor
     ) -> Tensor:
         index = _compile_index(self.leaves, {k: p[0] for k, p in parts.items()}, w.device)
         scales = scale_coordinates(self.leaves, {k: p[1] for k, p in parts.items()})
@@ -146,26 +231,67 @@ class Symmetry:
             return moved * scales
         return moved.mul_(scales)  # a fresh tensor: no second allocation, half of the time
 
+    def batch_shape(self, axis: Axis, g: Any) -> torch.Size:
+        """Return the batch dimensions of an axis' element, without those of what it is over."""
+        shape = axis.group.batch_shape(g)
+        return shape if axis.over is None else shape[:-1]
+
     def _act_by_leaf(self, g: Mapping[str, Any], w: Tensor) -> Tensor:
-        batches = {a.name: a.group.batch_shape(g[a.name]) for a in self.axes if a.name in g}
+        batches = {a.name: self.batch_shape(a, g[a.name]) for a in self.axes if a.name in g}
         batch = torch.broadcast_shapes(w.shape[:-1], *batches.values())
         w = w.expand(*batch, w.shape[-1])
         # Groups match batch dimensions from the left, weights broadcast from the right.
         lifted = {name: _lift(g[name], len(batch) - len(own)) for name, own in batches.items()}
-        pieces = []
-        for leaf in self.leaves:
-            x = w[..., leaf.span].reshape((*batch, *leaf.shape))
-            for k, dim in enumerate(leaf.dims):
-                if dim.axis is None or dim.axis not in g:
-                    continue
-                shape = x.shape
-                back = k - len(leaf.dims)
-                n = self[dim.axis].size
-                x = x.unflatten(back, (dim.outer, n, dim.inner))
-                x = self[dim.axis].group.act(lifted[dim.axis], x, dim=back - 1, degree=dim.degree)
-                x = x.reshape(shape)
-            pieces.append(x.reshape(*batch, leaf.size))
-        return torch.cat(pieces, dim=-1)
+        pieces = [
+            self.act_on_leaf(lifted, leaf, w[..., leaf.span].reshape((*batch, *leaf.shape)))
+            for leaf in self.leaves
+        ]
+        return torch.cat([x.reshape(*batch, -1) for x in pieces], dim=-1)
+
+    def act_on_leaf(
+        self, g: Mapping[str, Any], leaf: Leaf, x: Tensor, *, skip: tuple[int | None, ...] = ()
+    ) -> Tensor:
+        """Move one leaf (*batch, *leaf.shape) by elements with as many batch dimensions.
+
+        Parameters
+        ----------
+        g
+            Element; an axis that is left out is not moved.
+        leaf, x
+            The leaf and its values.
+        skip
+            Dimensions that are not moved.
+        """
+        ranked = sorted(range(len(leaf.dims)), key=lambda k: leaf.dims[k].within is None)
+        for k in ranked:  # what is over other axes first, while those stand where they were
+            dim = leaf.dims[k]
+            if k in skip or dim.axis is None or dim.axis not in g:
+                continue
+            at, group = k - len(leaf.dims), self[dim.axis].group
+            if dim.within is None:
+                x = group.act(g[dim.axis], x, dim=at, degree=dim.degree)
+                continue
+            unit = dim.within - len(leaf.dims)
+            front = x.ndim - len(leaf.dims)
+            moved = x.movedim(unit, front)
+            if dim.within > k:  # what stood behind this dimension stands in front of it now
+                at += 1
+            x = group.act(g[dim.axis], moved, dim=at, degree=dim.degree).movedim(front, unit)
+        return x
+
+
+def reorder(g: Any, index: Tensor) -> Any:
+    """Pick elements by an index (*batch, n) of their last batch dimension."""
+
+    def pick(part: Tensor) -> Tensor:
+        batch = index.ndim - 1
+        inner = part.ndim - index.ndim
+        lead = torch.broadcast_shapes(part.shape[:batch], index.shape[:-1])
+        at = index.expand(*lead, -1).reshape(*lead, -1, *(1,) * inner)
+        wide = part.expand(*lead, *part.shape[batch:])
+        return torch.take_along_dim(wide, at, batch)
+
+    return map_element(pick, g)
 
 
 def _lift(g: Any, dims: int) -> Any:
@@ -188,60 +314,57 @@ def _residual(axis: Axis) -> CompactGroup[Any]:
     )
 
 
-def repeat_along(v: Tensor, dim: Dim) -> Tensor:
-    """Spread values of units (*batch, n) over a dimension (*batch, outer * n * inner).
-
-    Examples
-    --------
-    >>> repeat_along(torch.tensor([1, 2]), Dim("h", 1, outer=2, inner=2))
-    tensor([1, 1, 2, 2, 1, 1, 2, 2])
-    """
-    if dim.outer == dim.inner == 1:
-        return v
-    spread = v[..., None, :, None].expand(*v.shape[:-1], dim.outer, v.shape[-1], dim.inner)
-    return spread.flatten(-3)
-
-
-def _positions(index: Tensor, dim: Dim) -> Tensor:
-    """Coordinates of a dimension after permuting its axis by ``index``."""
-    n, device = index.shape[-1], index.device
-    outer = torch.arange(dim.outer, device=device)[:, None, None] * (n * dim.inner)
-    inner = torch.arange(dim.inner, device=device)
-    return (outer + index[..., None, :, None] * dim.inner + inner).flatten(-3)
-
-
 def _compile_index(
     leaves: tuple[Leaf, ...], indices: dict[str, Tensor | None], device: torch.device
 ) -> Tensor | None:
     moving = {k: v for k, v in indices.items() if v is not None}
     if not moving:
         return None
-    batch = torch.broadcast_shapes(*(v.shape[:-1] for v in moving.values()))
+    batch = _common_batch(leaves, moving)
     pieces = []
     for leaf in leaves:
-        index = torch.full((), leaf.offset, device=device)
+        index = torch.full((1,) * len(leaf.dims), leaf.offset, device=device)
         for k, dim in enumerate(leaf.dims):
             at = moving.get(dim.axis or "")
-            place = (
-                torch.arange(leaf.shape[k], device=device) if at is None else _positions(at, dim)
-            )
             stride = math.prod(leaf.shape[k + 1 :])
-            index = index[..., None] + _trailing(place * stride, k)
+            if at is None:
+                at, dim = torch.arange(leaf.shape[k], device=device), Dim()
+            index = index + _placed(leaf, k, dim, at * stride)
         pieces.append(index.expand((*batch, *leaf.shape)).reshape((*batch, leaf.size)))
     return torch.cat(pieces, dim=-1)
+
+
+def _common_batch(leaves: tuple[Leaf, ...], values: Mapping[str, Tensor]) -> torch.Size:
+    """Batch dimensions of values of units (*batch, n), or (*batch, m, n) over m other units."""
+    inside = {d.axis for leaf in leaves for d in leaf.dims if d.within is not None}
+    return torch.broadcast_shapes(
+        *(v.shape[: -2 if name in inside else -1] for name, v in values.items())
+    )
+
+
+def _placed(leaf: Leaf, k: int, dim: Dim, v: Tensor) -> Tensor:
+    """View values of units so that they broadcast with a leaf (*batch, *leaf.shape)."""
+    shape = [1] * len(leaf.dims)
+    shape[k] = v.shape[-1]
+    if dim.within is None:
+        return v.reshape(*v.shape[:-1], *shape)
+    shape[dim.within] = v.shape[-2]
+    v = v if dim.within < k else v.mT
+    return v.reshape(*v.shape[:-2], *shape)
 
 
 def scale_coordinates(
     leaves: tuple[Leaf, ...], scales: Mapping[str, Tensor | None], *, absolute: bool = False
 ) -> Float[Tensor, "*batch D"] | None:
-    """Compile scales of units (*batch, n) into the factor of every coordinate.
+    """Compile scales of units into the factor of every coordinate.
 
     Parameters
     ----------
     leaves
         Leaves in flat order.
     scales
-        For each axis the factors of its units, or None.
+        For each axis the factors of its units (*batch, n), or None; for an axis over another one
+        with m units (*batch, m, n).
     absolute
         Use the absolute degree: for masks, which must not be inverted.
 
@@ -260,19 +383,14 @@ def scale_coordinates(
     if not moving:
         return None
     one = next(iter(moving.values()))
-    batch = torch.broadcast_shapes(*(v.shape[:-1] for v in moving.values()))
+    batch = _common_batch(leaves, moving)
     pieces = []
     for leaf in leaves:
-        scale = one.new_ones(())
+        scale = one.new_ones((1,) * len(leaf.dims))
         for k, dim in enumerate(leaf.dims):
             s = moving.get(dim.axis or "")
             degree = abs(dim.degree) if absolute else dim.degree
-            factor = one.new_ones(leaf.shape[k]) if s is None else repeat_along(s**degree, dim)
-            scale = scale[..., None] * _trailing(factor, k)
+            if s is not None and degree:
+                scale = scale * _placed(leaf, k, dim, s**degree)
         pieces.append(scale.expand((*batch, *leaf.shape)).reshape((*batch, leaf.size)))
     return torch.cat(pieces, dim=-1)
-
-
-def _trailing(v: Tensor, k: int) -> Tensor:
-    """View (*batch, m) as (*batch, 1 x k, m): the k dimensions before it broadcast."""
-    return v.reshape(*v.shape[:-1], *(1,) * k, v.shape[-1])

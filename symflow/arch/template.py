@@ -1,6 +1,7 @@
 """A module before it is traced: what is refused, which keys are one parameter, its leaves."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from symflow.arch.layout import FIXED, Leaf, cut
+from symflow.arch.layout import Dim, Factors, Leaf, cut
 from symflow.errors import ShapeError, SymmetryError, UnsupportedModuleError
 
 
@@ -74,8 +75,10 @@ def template(module: Any, inputs: tuple[Any, ...]) -> nn.Module:
     return template
 
 
-def leaves_of(module: nn.Module, dims: dict[str, Any], aliases: dict[str, str]) -> tuple[Leaf, ...]:
-    """Return parameters, then floating point buffers, with their labels, in flat order."""
+def leaves_of(
+    module: nn.Module, found: Mapping[str, tuple[list[Factors], ...]], aliases: dict[str, str]
+) -> tuple[Leaf, ...]:
+    """Return parameters, then floating point buffers, with their dimensions, in flat order."""
     state = module.state_dict()
     parameters = dict(module.named_parameters())
     ordered = [k for k in state if k in parameters] + [k for k in state if k not in parameters]
@@ -86,12 +89,30 @@ def leaves_of(module: nn.Module, dims: dict[str, Any], aliases: dict[str, str]) 
         if key in aliases or not value.is_floating_point():
             continue
         shape = tuple(value.shape)
-        labels = dims.get(key, (FIXED,) * len(shape))
-        if len(labels) != len(shape):
+        dims = found.get(key, ([],) * len(shape))
+        if len(dims) != len(shape):
             raise SymmetryError(
-                f"the rule for leaf {key!r} labels {len(labels)} dimensions, it has {len(shape)}"
+                f"the rule for leaf {key!r} labels {len(dims)} dimensions, it has {len(shape)}"
             )
-        for leaf in cut(key, shape, labels):
+        parts = [dim or [((size, Dim()),)] for dim, size in zip(dims, shape, strict=True)]
+        for leaf in cut(key, shape, parts):
             leaves.append(replace(leaf, offset=offset, learnable=key in parameters))
             offset += leaf.size
     return tuple(leaves)
+
+
+def within(leaves: tuple[Leaf, ...], over: Mapping[str, str | None]) -> tuple[Leaf, ...]:
+    """Say for each dimension over an axis of another one which dimension that is."""
+
+    def placed(leaf: Leaf, k: int, dim: Dim) -> Dim:
+        parent = over.get(dim.axis or "")
+        if parent is None:
+            return dim
+        places = [j for j, other in enumerate(leaf.dims) if other.axis == parent]
+        before = [j for j in places if j < k]
+        return replace(dim, within=before[-1] if before else places[0])
+
+    return tuple(
+        replace(leaf, dims=tuple(placed(leaf, k, dim) for k, dim in enumerate(leaf.dims)))
+        for leaf in leaves
+    )

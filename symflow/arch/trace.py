@@ -1,7 +1,6 @@
-"""From a module to its axes: torch.fx gives the graph, the rules label it, union-find ties axes."""
+"""From a module to its axes: its graph is run, the rules label it, union-find ties axes."""
 
 import operator
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from symflow.arch.layout import FIXED, Axis, Dim, Label, Segments, each
+from symflow.arch.finish import Trace, finish
+from symflow.arch.graphs import WRAPPED, graph_of, rotary_pairs
+from symflow.arch.labels import FIXED, Atom, Label
 from symflow.arch.rules import Activation, Value, find_rule, require_rule
-from symflow.arch.tracing import Tracing, concatenated
+from symflow.arch.tracing import Tracing
 from symflow.errors import ShapeError, UnsupportedModuleError
-from symflow.groups import Trivial
 
 
 @final
@@ -53,36 +53,22 @@ class Call:
     module: Any
     shape: tuple[int, ...]
 
-    def new_axis(self, size: int) -> Dim:
+    def new_axis(self, size: int) -> Label:
         """Open an axis for an outgoing dimension of ``size`` units."""
-        return Dim(self.tracing.new_axis(size, self.path), 1)
-
-    def follow_axis(self, before: Label) -> Label:
-        """Open axes that share the permutations of ``before``, but are scaled on their own."""
-        return each(self._follow, self.tracing.resolve(before))
-
-    def _follow(self, before: Dim) -> Dim:
-        if before.axis is None:
-            return FIXED
-        raw = self.tracing.axes[before.axis]
-        after = self.tracing.new_axis(raw.size, f"{raw.source} and {self.path}")
-        new = replace(before, axis=after, degree=1)
-        # Followed already by something that can still be scaled: one axis has one scale.
-        if before.degree == 0 and raw.scale:
-            self.tracing.share_permutation(before, new, self.path)
-        else:
-            self.tracing.share_permutation(new, before, self.path)
-        return new
+        return self.tracing.new_axis(size, self.path)
 
     def permuted(self, label: Label) -> Label:
         """Return a dimension that is permuted with another one, but not scaled."""
-        return each(lambda dim: replace(dim, degree=0), label)
+        return self.tracing.permuted(label)
 
-    def contract(self, a: Label, b: Label) -> None:
-        """Sum over two dimensions: where one is multiplied by A, the other is by A^-T."""
-        self.tracing.unify(
-            a, each(Dim.dual, b), f"contracted with something that stays, at {self.path}"
-        )
+    def contract(self, a: Label, b: Label, others: list[Label]) -> None:
+        """Sum over two dimensions: where one is multiplied by A, the other is by A^-T.
+
+        ``others`` are the dimensions that are left.
+        """
+        for summed in (a, b):
+            self.tracing.share(summed, others)
+        self.tracing.unify(a, b.dual(), f"contracted with something that stays, at {self.path}")
 
     def label(self, leaf: str, *dims: Label) -> str:
         """Say what the dimensions of one of the module's own leaves run over; return its key."""
@@ -95,24 +81,28 @@ class Call:
         for dim in x.dims:
             self.tracing.weaken(dim, activation, self.name)
         power = activation.homogeneous or 1
-        dims = tuple(each(lambda d: replace(d, degree=d.degree * power), dim) for dim in x.dims)
+        dims = tuple(dim.each(lambda atom: atom.power(power)) for dim in x.dims)
         return Value(self.shape if len(self.shape) == len(dims) else x.shape, dims)
+
+    def run(self, name: str, *values: Value, **options: Any) -> Any:
+        """Pass values through a submodule that has a rule, for rules of modules made of others."""
+        module = self.module.get_submodule(name)
+        path = f"{self.path}.{name}" if self.path else name
+        rule = require_rule(type(module), path)
+        call = Call(self.tracing, type(module), path, module, ())
+        if isinstance(rule, Activation):
+            return call.elementwise(values[0], rule)
+        return rule(call, *values, **options)
+
+    def add(self, x: Value, y: Value) -> Value:
+        """Add two values of one shape."""
+        rule: Any = require_rule(operator.add, self.path)
+        return rule(replace(self, target=operator.add, shape=x.shape), x, y)
 
     @property
     def name(self) -> str:
         """What the operation is called."""
         return self.target if isinstance(self.target, str) else self.target.__name__
-
-
-@final
-@dataclass(frozen=True)
-class Trace:
-    """What tracing found: labels of leaves, axes that move, axes that do not, the last layer."""
-
-    leaves: dict[str, tuple[Label, ...]]
-    axes: tuple[Axis, ...]
-    fixed: tuple[Axis, ...]
-    output: tuple[str, ...]
 
 
 def trace(module: nn.Module, inputs: tuple[Any, ...], names: dict[str, str]) -> Trace:
@@ -130,102 +120,58 @@ def trace(module: nn.Module, inputs: tuple[Any, ...], names: dict[str, str]) -> 
     Raises
     ------
     UnsupportedModuleError
-        If torch.fx cannot trace the module or an operation has no rule; it names the place.
+        If neither torch.fx nor torch.export can trace the module, or an operation has no rule; it
+        names the place.
     """
+    graph = graph_of(module, inputs)
     tracing = Tracing(names)
-    graph = _symbolic(module)
-    interpreter = _Interpreter(graph, tracing)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    interpreter = _Interpreter(graph, tracing, parameters)
     with torch.no_grad():
         # Clones: a first layer may work in place.
         interpreter.run(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))
-    return _finish(tracing, interpreter.result)
-
-
-def _finish(tracing: Tracing, output: Value) -> Trace:
-    for dim in output.dims:
-        tracing.fix(dim, "read out: the order and sign of the outputs have a meaning")
-    names: dict[str, str] = {}
-    moving: list[Axis] = []
-    fixed: list[Axis] = []
-    for key in tracing.in_order():
-        raw = tracing.axes[key]
-        if raw.fixed:
-            name = "output" if raw.fixed.startswith("read out") else f"fixed {len(fixed)}"
-            fixed.append(Axis(name, raw.size, Trivial(raw.size), f"{raw.source}: {raw.fixed}"))
-            continue
-        names[key] = f"h{len(moving) + 1}"
-        why = f"out of {raw.source}; " + ("; ".join(dict.fromkeys(raw.passed)) or "linear")
-        moving.append(Axis(names[key], raw.size, tracing.group(raw), why))
-
-    def named(dim: Dim) -> Dim:
-        return replace(dim, axis=names[dim.axis]) if dim.axis in names else FIXED
-
-    def final(label: Label) -> Label:
-        found = each(named, tracing.resolve(label))
-        return concatenated(list(found.parts)) if isinstance(found, Segments) else found
-
-    leaves = {name: tuple(map(final, dims)) for name, dims in tracing.leaves.items()}
-    return Trace(leaves, tuple(moving), tuple(fixed), output.made_by)
-
-
-class _Tracer(fx.Tracer):
-    """Stops at every module that has a rule, and at PyTorch's own."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if find_rule(type(m)) is not None:
-            return True
-        return fx.Tracer.is_leaf_module(self, m, module_qualified_name)
-
-
-def _symbolic(module: nn.Module) -> fx.GraphModule:
-    if find_rule(type(module)) is not None:
-        # torch.fx would trace the inside of a root; a lone layer must be seen as one.
-        raise UnsupportedModuleError(
-            f"{type(module).__name__} is a single layer: wrap it, as in nn.Sequential(layer)"
-        )
-    try:
-        return fx.GraphModule(module, _Tracer().trace(module))
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if "torch/" not in f.filename.replace("\\", "/")]
-        place = own[-1] if own else frames[-1]
-        raise UnsupportedModuleError(
-            f"torch.fx cannot trace {type(module).__name__}: {error} (at {place.filename}:"
-            f"{place.lineno}: {place.line}). Control flow on tensor values cannot be traced; move "
-            "it into a submodule and register a rule for that with symflow.arch.rule"
-        ) from error
+    for value in interpreter.results:
+        for dim in value.dims:
+            tracing.fix(dim, "read out: the order and sign of the outputs have a meaning")
+    return finish(tracing, interpreter.results[0].made_by)
 
 
 class _Interpreter(fx.Interpreter):
     """Runs the graph on example inputs and carries the labels along."""
 
-    def __init__(self, graph: fx.GraphModule, tracing: Tracing) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, tracing: Tracing, parameters: dict[str, Tensor]
+    ) -> None:
         fx.Interpreter.__init__(self, graph)
         self.extra_traceback = False  # torch.fx would append its own lines to our errors
         self.tracing = tracing
+        self.parameters = parameters
         self.labels: dict[fx.Node, Any] = {}
-        self.result = Value((), ())
+        self.results: list[Value] = []
+        self.rotary, self.between = rotary_pairs(graph.graph)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; label its result if that is a tensor."""
         result = fx.Interpreter.run_node(self, n)
         if n.op == "output":
-            label = self._label(n.args[0])
-            if not isinstance(label, Value):
+            label: Any = map_aggregate(n.args[0], self._label)
+            map_aggregate(label, self._read)
+            if not self.results:
                 raise UnsupportedModuleError(
-                    f"the module must return one tensor, it returns {type(result).__name__}"
+                    f"the module must return tensors, it returns {type(result).__name__}"
                 )
-            self.result = label
         elif _has_tensors(result):
             self.labels[n] = self._apply(n, result)
         return result
 
     def _apply(self, n: fx.Node, result: Any) -> Any:
         shape = tuple(result.shape) if isinstance(result, Tensor) else ()
-        if n.op == "placeholder":
+        if n.op == "placeholder" or n in self.between:
             return map_aggregate(result, _unlabelled)
+        if n in self.rotary:
+            return self._turned(n)
         if n.op == "get_attr":
-            return self._parameter(str(n.target), result)
+            return self._parameter(str(n.target), result, n)
         args: Any = map_aggregate(n.args, self._label)
         options: Any = map_aggregate(n.kwargs, self._label)
         if n.target is operator.getitem and not isinstance(args[0], Value):
@@ -235,6 +181,8 @@ class _Interpreter(fx.Interpreter):
             path = str(n.target)
             module = self.module.get_submodule(path)
             target = type(module)
+        if find_rule(target) is None and not self._moves(args, options):
+            return map_aggregate(result, _unlabelled)  # whatever it does with what stays
         rule = require_rule(target, path)
         call = Call(self.tracing, target, path, module, shape)
         if isinstance(rule, Activation):
@@ -247,16 +195,46 @@ class _Interpreter(fx.Interpreter):
             )
         return value
 
-    def _parameter(self, name: str, value: Tensor) -> Value:
+    def _parameter(self, name: str, value: Tensor, n: fx.Node) -> Value:
         """Label a parameter used as it is: what acts on it follows from what is done with it."""
+        name = name.removeprefix(WRAPPED)
         shape = tuple(value.shape)
-        if not value.is_floating_point():
+        # Buffers move only where they are statistics; others are tables, of positions say.
+        moves = name in self.parameters or any("batch_norm" in str(u.target) for u in n.users)
+        if not value.is_floating_point() or name not in self.tracing.names or not moves:
             return _unlabelled(value)
         dims = tuple(
-            Dim(self.tracing.new_axis(size, name), 1) if size > 1 else FIXED for size in shape
+            self.tracing.new_axis(size, name) if size > 1 else FIXED for size in shape
         )
         self.tracing.label(name, dims)
-        return Value(shape, dims)
+        return Value(shape, dims, (self.tracing.names[name],))
+
+    def _turned(self, n: fx.Node) -> Value:
+        """Label what rotary embeddings turn: only what commutes with them still acts."""
+        x: Value = self._label(self.rotary[n])
+        call = Call(self.tracing, "rotary embeddings", n.name, self.module, x.shape)
+        for dim in x.dims[:-1]:
+            self.tracing.weaken(dim, Activation(), call.name)
+        self.tracing.pair(x.dims[-1], "half", call.name)
+        return x
+
+    def _moves(self, args: Any, options: Any) -> bool:
+        """Whether something acts on any of the values."""
+        found: list[Atom] = []
+
+        def look(x: Any) -> Any:
+            if isinstance(x, Value):
+                for dim in x.dims:
+                    found.extend(self.tracing.resolve(dim).atoms)
+            return x
+
+        map_aggregate((args, options), look)
+        return bool(found)
+
+    def _read(self, x: Any) -> Any:
+        if isinstance(x, Value):
+            self.results.append(x)
+        return x
 
     def _label(self, x: Any) -> Any:
         """Return the label of a node; where it has none (a size, say) what it is."""

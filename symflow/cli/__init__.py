@@ -1,4 +1,4 @@
-"""The command ``symflow``: inspect, align, compare and interpolate networks in safetensors files.
+"""The command ``symflow``: inspect, align, compare and merge networks in safetensors files.
 
 Numbers are computed in float64; files that are written have the keys and dtypes of their source.
 """

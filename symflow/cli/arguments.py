@@ -13,6 +13,8 @@ from symflow import __version__
 from symflow.arch.mlp import ACTIVATIONS
 from symflow.cli import commands
 
+_TASK = "such as digits or breast_cancer, or a folder of IDX files"
+
 
 @final
 class _Parser(argparse.ArgumentParser):
@@ -47,8 +49,43 @@ def parser() -> argparse.ArgumentParser:
             _add_times(made)
         _add_section(made)
         _add_architecture(made)
+    made = command(commands.barrier, "a", "b")
+    _add_barrier(made)
+    _add_section(made)
+    _add_architecture(made)
+    made = command(commands.merge)
+    _add_merge(made)
+    _add_section(made)
+    _add_architecture(made)
     _add_demo(command(commands.demo))
     return top
+
+
+def _add_barrier(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--task", required=True, metavar="NAME", help=_TASK)
+    made.add_argument(
+        "--split", choices=["train", "test"], default="train", help="of the task (default: train)"
+    )
+    made.add_argument(
+        "--points", type=_points, default=11, help="of each path, ends included (default: 11)"
+    )
+    made.add_argument(
+        "--reset", action="store_true", help="BatchNorm statistics of the points in between"
+    )
+    made.add_argument(
+        "--temperature",
+        action="store_true",
+        help="divide logits in between by the temperature that is best half way",
+    )
+    made.add_argument("--plot", type=Path, metavar="FILE", help="picture to write, such as p.png")
+
+
+def _add_merge(made: argparse.ArgumentParser) -> None:
+    made.add_argument("files", type=Path, nargs="+", metavar="FILE", help="safetensors files")
+    made.add_argument(
+        *("-o", "--out"), type=Path, metavar="OUT", required=True, help="file to write"
+    )
+    made.add_argument("--task", metavar="NAME", help=f"reset BatchNorm statistics on it; {_TASK}")
 
 
 def _add_times(made: argparse.ArgumentParser) -> None:
@@ -110,6 +147,12 @@ def _sizes(text: str) -> list[int]:
     if min(sizes) < 1:
         raise argparse.ArgumentTypeError(f"wanted positive sizes such as 30,16,2, got {text!r}")
     return sizes
+
+
+def _points(text: str) -> int:
+    if not text.isdecimal() or int(text) < 3 or int(text) % 2 == 0:
+        raise argparse.ArgumentTypeError(f"wanted an odd number from 3 on, got {text!r}")
+    return int(text)
 
 
 def _time(text: str) -> float:

@@ -341,29 +341,42 @@ def logits(arch: Architecture, flat: Float[Tensor, "N D"], x: Tensor) -> Float[T
     return torch.cat([torch.cat([z for _, z in pieces], dim=1) for _, pieces in groups])
 
 
-def logits_by_network(
-    arch: Architecture, flat: Float[Tensor, "N D"], x: Tensor
-) -> Iterator[tuple[slice, Pieces]]:
-    """Yield groups of networks, each with the logits (group, piece, C) on pieces of the inputs.
-
-    Examples that are stored flat, such as images, get the shape that the network was made for.
+def inputs_for(arch: Architecture, x: Tensor) -> Tensor:
+    """Give examples that are stored flat, such as images, the shape the network was made for.
 
     Raises
     ------
     ShapeError
-        If there are no inputs, or the network does not make (n, C) numbers of them.
+        If there are none.
     """
     if len(x) == 0:
         raise ShapeError("x holds no inputs: at least one is needed")
     made_for = arch.inputs[0]
     if isinstance(made_for, Tensor) and x[0].numel() == made_for[0].numel():
         x = x.reshape(-1, *made_for.shape[1:])
-    units = max(leaf.shape[0] for leaf in arch.leaves if leaf.shape)
+    return x
+
+
+def at_once(units: int, n: int) -> tuple[int, int]:
+    """Return how many networks of a width, and how many of ``n`` inputs, are run at once."""
     pairs = max(1, _ACTIVATIONS // max(units, 1))
-    step = max(1, pairs // len(x))
+    step = max(1, pairs // n)
+    return step, max(1, pairs // step)
+
+
+def logits_by_network(
+    arch: Architecture, flat: Float[Tensor, "N D"], x: Tensor
+) -> Iterator[tuple[slice, Pieces]]:
+    """Yield groups of networks, each with the logits (group, piece, C) on pieces of the inputs.
+
+    Refuses as :func:`inputs_for`, and networks that do not make (n, C) numbers of n inputs.
+    """
+    x = inputs_for(arch, x)
+    units = max(leaf.shape[0] for leaf in arch.leaves if leaf.shape)
+    step, size = at_once(units, len(x))
     for start in range(0, len(flat), step):
         group = slice(start, min(start + step, len(flat)))
-        yield group, _logits(arch, flat[group], x, max(1, pairs // step))
+        yield group, _logits(arch, flat[group], x, size)
 
 
 @torch.no_grad()

@@ -184,6 +184,10 @@ class NoncompactGroup(Group[E]):
     def residual(self) -> CompactGroup[Any]:
         """The compact group that still acts on the balanced section."""
 
+
+class ScalingGroup(NoncompactGroup[E]):
+    """A non-compact group that stretches each coordinate: a positive scale, and a compact rest."""
+
     @abstractmethod
     def balance(self, energy: Mapping[int, Float[Tensor, "*batch n"]]) -> E:
         r"""Return the element of least norm, :math:`\min_s \sum_p \sum_i s_i^{2p} e_{p,i}`.

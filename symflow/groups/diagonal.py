@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.errors import DegreeError
-from symflow.groups.base import CompactGroup, Group, NoncompactGroup, along
+from symflow.groups.base import CompactGroup, Group, ScalingGroup, along
 
 Scales = Float[Tensor, "*#batch n"]
 
@@ -98,7 +98,7 @@ class Sign(DiagonalGroup, CompactGroup[Tensor]):
 
 @final
 @dataclass(frozen=True)
-class PositiveScale(DiagonalGroup, NoncompactGroup[Tensor]):
+class PositiveScale(DiagonalGroup, ScalingGroup[Tensor]):
     """Positive scales (R_{>0})^n; a symmetry where the activation is positively homogeneous.
 
     Examples

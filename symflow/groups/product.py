@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.errors import ShapeError
-from symflow.groups.base import CompactGroup, Group, NoncompactGroup, map_element
+from symflow.groups.base import CompactGroup, Group, NoncompactGroup, ScalingGroup, map_element
 from symflow.groups.diagonal import DiagonalGroup
 from symflow.groups.permutation import PermutingGroup, invert
 from symflow.groups.trivial import Trivial
@@ -229,7 +229,7 @@ class CompactProduct(_Product, CompactGroup[Pair]):
 
 @final
 @dataclass(frozen=True, repr=False)
-class NoncompactProduct(_Product, NoncompactGroup[Pair]):
+class NoncompactProduct(_Product, ScalingGroup[Pair]):
     """A product with a non-compact factor, such as ``Permutation(n) @ PositiveScale(n)``.
 
     Examples
@@ -266,7 +266,7 @@ class NoncompactProduct(_Product, NoncompactGroup[Pair]):
             return part.expand((*batch, *part.shape))
 
         def part(group: Group[Any]) -> Any:
-            if isinstance(group, NoncompactGroup):
+            if isinstance(group, ScalingGroup):
                 return group.balance(energy)
             return map_element(spread, group.identity(like=like))
 
@@ -274,9 +274,9 @@ class NoncompactProduct(_Product, NoncompactGroup[Pair]):
 
     def noncompact(self, g: Pair) -> Tensor:
         """Return the scales, as they act before the compact factor."""
-        if isinstance(self.inner, NoncompactGroup):
+        if isinstance(self.inner, ScalingGroup):
             return self.inner.noncompact(g[1])
-        if isinstance(self.outer, NoncompactGroup):
+        if isinstance(self.outer, ScalingGroup):
             return self.outer.noncompact(g[0])
         raise TypeError(f"{self} has no non-compact factor")
 

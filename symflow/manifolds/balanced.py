@@ -43,6 +43,9 @@ class BalancedCone(WeightManifold):
         Moves weights along their scaling orbit to the balanced point.
     counted
         How many coordinates, from the first, count in norms; all if None.
+    weights
+        Positive factors (D,) of the coordinates in squared lengths; one if None. They do not change
+        which points are balanced.
 
     Examples
     --------
@@ -63,8 +66,9 @@ class BalancedCone(WeightManifold):
         num_units: int,
         rebalance: Callable[[Tensor], Tensor],
         counted: int | None = None,
+        weights: Float[Tensor, " D"] | None = None,
     ) -> None:
-        WeightManifold.__init__(self, dimension, counted)
+        WeightManifold.__init__(self, dimension, counted, weights)
         self.num_units = num_units
         self.rebalance = rebalance
         self.coordinates: Tensor
@@ -78,6 +82,12 @@ class BalancedCone(WeightManifold):
         self.second: Tensor
         self.register_buffer("first", first)
         self.register_buffer("second", second)
+
+    def weighted(self, weights: Float[Tensor, " D"]) -> "BalancedCone":
+        entries = (self.coordinates, self.units, self.degrees)
+        return BalancedCone(
+            self.dimension, *entries, self.num_units, self.rebalance, self.counted, weights
+        )
 
     def moment(self, x: Float[Tensor, "*#batch D"]) -> Float[Tensor, "*batch S"]:
         """Return the moment map; zero exactly on the cone."""
@@ -104,28 +114,32 @@ class BalancedCone(WeightManifold):
         x, u = torch.broadcast_tensors(x, u)
         if x.dtype in _HALF:
             return self.proju(x.float(), u.float()).to(x.dtype)
-        shift = self._solve(x * x, self._to_units(x * u))
-        return u - x * self._to_coordinates(shift)
+        normal = self._raised(x)
+        shift = self._solve(x * normal, self._to_units(x * u))
+        return u - normal * self._to_coordinates(shift)
 
     def projx(self, x: Tensor) -> Tensor:
-        r"""Return the nearest balanced point, :math:`x_d / (1 + (E \mu)_d)`, by Newton's method."""
+        r"""Return the nearest balanced point, by Newton's method.
+
+        It is :math:`x_d / (1 + (E \mu)_d / c_d)` for weights c.
+        """
         if x.dtype in _HALF:
             return self.projx(x.float()).to(x.dtype)
         mu = x.new_zeros(*x.shape[:-1], self.num_units)
-        scale = 1 + self._to_coordinates(mu)
+        scale = torch.ones_like(x)
         for _ in range(_PROJECTION_STEPS):
             point = x / scale
             off = self.moment(point)
             size = (point * point).sum(-1, keepdim=True)
             if bool((off.abs() <= tolerance(x.dtype).converged * size).all()):
                 break
-            step = self._solve(point * point / scale, off) / 2
-            change = self._to_coordinates(step)
+            step = self._solve(self._raised(point * point / scale), off) / 2
+            change = self._raised(self._to_coordinates(step))
             # The multipliers must stay positive: never go more than half of the way to zero.
             worst = (-change / scale).amax(-1, keepdim=True)
             step = step * (0.5 / worst.clamp_min(0.5))
             mu = mu + step
-            scale = 1 + self._to_coordinates(mu)
+            scale = 1 + self._raised(self._to_coordinates(mu))
         return self.rebalance(x / scale)
 
     def geodesic(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
@@ -135,6 +149,10 @@ class BalancedCone(WeightManifold):
     def geodesic_velocity(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """Return v at all times."""
         return v.expand(torch.broadcast_shapes(x.shape, v.shape, t[..., None].shape))
+
+    def _raised(self, y: Tensor) -> Tensor:
+        """Divide by the weights: what differentials become as vectors."""
+        return y if self.weights is None else y / self.weights.to(y)
 
     def _to_units(self, y: Tensor) -> Tensor:
         picked = y.index_select(-1, self.coordinates) * self.degrees.to(y.dtype)

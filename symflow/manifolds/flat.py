@@ -3,6 +3,7 @@
 from typing import final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from symflow.manifolds.base import WeightManifold
@@ -20,6 +21,9 @@ class Flat(WeightManifold):
 
     name = "Flat"
     reversible = True
+
+    def weighted(self, weights: Float[Tensor, " D"]) -> "Flat":
+        return Flat(self.dimension, self.counted, weights)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Return x + u."""

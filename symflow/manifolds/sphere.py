@@ -250,6 +250,24 @@ class SphereProduct(WeightManifold):
             rows.append(torch.where(straight, u.expand_as(turned), turned))
         return self.join(rows, b.expand(torch.broadcast_shapes(a.shape, t[..., None].shape)))
 
+    def carry(
+        self, x: Float[Tensor, "*#batch D"], v: Float[Tensor, "*#batch D"], u: Tensor
+    ) -> Float[Tensor, "*#batch D"]:
+        """Turn the tangent part of ``u`` along great circles, at any angle.
+
+        :meth:`transp` knows the ends alone, which do not tell the way between antipodal rows.
+        """
+        x, v, u = torch.broadcast_tensors(x, v, u)
+        (xs, _), (vs, _) = self._split_like(x, v)
+        us, rest = self.split(self.velocity(x, u))
+        rows: list[Tensor] = []
+        for p, d, e, r in zip(xs, vs, us, self.radii, strict=True):
+            theta, toward = norm(d, keepdim=True) / r, unit(d)
+            share = (e * toward).sum(-1, keepdim=True)
+            turned = e + share * ((theta.cos() - 1) * toward - theta.sin() * p / r)
+            rows.append(torch.where(no_rows(p) | _fades(p / r, d / r), e, turned))
+        return self.join(rows, rest)
+
     def _split_like(self, x: Tensor, y: Tensor) -> tuple[tuple[list[Tensor], Tensor], ...]:
         x, y = torch.broadcast_tensors(x, y)
         return self.split(x), self.split(y)

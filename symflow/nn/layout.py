@@ -156,10 +156,16 @@ def symmetric_layout(arch: Architecture, *, extra: int = 0) -> Layout:
         If a leaf has more than two symmetric axes.
     """
     compact = arch.symmetry.compact
+    for axis in compact.axes:
+        if axis.over is not None:
+            raise UnsupportedModuleError(
+                f"axis {axis.name} has elements of {axis.group} for each unit of {axis.over}: a "
+                "graph of units has no nodes for that yet"
+            )
     names = [a.name for a in compact.axes if not isinstance(a.group, Trivial)]
     found: dict[tuple[int, ...], list[Tensor]] = {(k,): [] for k in range(len(names))}
     whole = []
-    for leaf in arch.leaves:
+    for leaf in compact.leaves:
         place, ends = _positions(leaf, names)
         if len(ends) > 2:
             raise UnsupportedModuleError(
@@ -188,17 +194,10 @@ def symmetric_layout(arch: Architecture, *, extra: int = 0) -> Layout:
 def _positions(leaf: Leaf, names: list[str]) -> tuple[Tensor, tuple[int, ...]]:
     """Flat positions (*units of its symmetric axes, features), and which axes these are."""
     place = torch.arange(leaf.size).reshape(leaf.shape) + leaf.offset
-    units, shape, ends = [], [], []
-    for size, dim in zip(leaf.shape, leaf.dims, strict=True):
-        if dim.axis in names:
-            n = size // (dim.outer * dim.inner)
-            units.append(len(shape) + 1)
-            ends.append(names.index(dim.axis))
-            shape += [dim.outer, n, dim.inner]
-        else:
-            shape.append(size)
-    ranked = sorted(range(len(ends)), key=lambda k: ends[k])
-    place = place.reshape(shape).movedim([units[k] for k in ranked], list(range(len(ranked))))
+    units = [k for k, dim in enumerate(leaf.dims) if dim.axis in names]
+    ends = {k: names.index(leaf.dims[k].axis or "") for k in units}
+    ranked = sorted(units, key=lambda k: ends[k])
+    place = place.movedim(ranked, list(range(len(ranked))))
     features = place.shape[len(ranked) :]
     place = place.reshape(*place.shape[: len(ranked)], math.prod(features))
     return place, tuple(ends[k] for k in ranked)
@@ -275,5 +274,4 @@ def _maps(leaf: Leaf, axis: str | None) -> bool:
         and len(leaf.shape) == 2
         and leaf.dims[1].axis == axis
         and (axis is None or leaf.dims[0].axis != axis)
-        and all(d.outer == d.inner == 1 for d in leaf.dims)
     )

@@ -32,6 +32,8 @@ class Geodesic:
         The alignment of w1 that gave the end.
     section
         The section on which the path runs.
+    space
+        The section space with another metric than its own, or None.
 
     Examples
     --------
@@ -47,11 +49,12 @@ class Geodesic:
     direction: Float[Tensor, "*#batch D"]
     alignment: Alignment
     section: Section
+    space: WeightManifold | None = None
 
     @property
     def manifold(self) -> WeightManifold:
         """The space in which the path runs."""
-        return self.section.manifold
+        return self.section.manifold if self.space is None else self.space
 
     @property
     def end(self) -> Float[Tensor, "*#batch D"]:
@@ -81,6 +84,15 @@ class Geodesic:
     def velocity(self, t: float | int | Float[Tensor, "*times"]) -> Float[Tensor, "*out D"]:
         """Return the velocities at times ``t``, of shape (*times, *batch, D)."""
         return self.manifold.geodesic_velocity(self.start, self.direction, self._times(t))
+
+    def transport(self, v: Float[Tensor, "*#batch D"]) -> Float[Tensor, "*#batch D"]:
+        """Carry a vector at the start in parallel to the end; its length stays.
+
+        On the sphere section its tangent part turns along great circles. On flat space nothing
+        turns, nor along the chord of the balanced section: what is carried there is a vector of
+        the ambient space, as ``direction`` is one (``manifold.proju`` takes its tangent part).
+        """
+        return self.manifold.carry(self.start, self.direction, v)
 
     def _times(self, t: float | int | Tensor) -> Tensor:
         times = torch.as_tensor(t, dtype=self.start.dtype, device=self.start.device)

@@ -5,17 +5,22 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from symflow.manifolds import WeightManifold
 from symflow.numerics import tolerance
 
 _ROUNDS = 100
+# A bar is shown for what takes longer (seconds).
+_PATIENCE = 1.0
 
 
 def frechet_mean(
     manifold: WeightManifold,
     align: Callable[[Tensor, Tensor], Tensor],
     points: Float[Tensor, "N D"],
+    *,
+    progress: bool = False,
 ) -> Float[Tensor, " D"]:
     """Minimise the sum of squared quotient distances to ``points``.
 
@@ -33,6 +38,8 @@ def frechet_mean(
         ``align(mean, points)`` moves each point next to the mean.
     points
         Points of the section.
+    progress
+        Whether rounds are counted where the output is a terminal and it takes a while.
 
     Examples
     --------
@@ -43,7 +50,8 @@ def frechet_mean(
     mean = points[0]
     one = torch.ones((), dtype=points.dtype, device=points.device)
     found, best = mean, torch.full_like(one, torch.inf)
-    for _ in range(_ROUNDS):
+    silent = None if progress else True  # None: where the output is no terminal
+    for _ in tqdm(range(_ROUNDS), desc="mean", unit="round", delay=_PATIENCE, disable=silent):
         moved = align(mean, points)
         spread = manifold.dist2(mean, moved).mean()
         progress = bool(best - spread > tolerance(points.dtype).close * spread)

@@ -1,28 +1,26 @@
 """Weight space divided by the symmetries of the network."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symflow.align import Aligner, Alignment, WeightMatching, objective, objective_bound
-from symflow.align.arcs import polish_arcs
-from symflow.arch import Architecture, Symmetry, Weights
+from symflow.align import Aligner, Alignment, WeightMatching, objective
+from symflow.arch import Architecture, Element, Symmetry, Weights
 from symflow.errors import LeafError, ShapeError
-from symflow.groups import Group, map_element
-from symflow.manifolds import SphereProduct, WeightManifold
+from symflow.groups import Group
+from symflow.manifolds import WeightManifold
 from symflow.quotient.geodesic import Geodesic
 from symflow.quotient.mean import frechet_mean
-from symflow.sections import (
-    BalancedSection,
-    FlatSection,
-    Section,
-    SphereSection,
-    scaled_axes,
-)
+from symflow.quotient.options import a_section, an_aligner, leaf_weights, with_groups
+from symflow.quotient.pairs import pairwise
+from symflow.quotient.points import align_points, require_broadcast
+from symflow.quotient.principal import Principal, principal
+from symflow.quotient.size import group_dimension, log_order
+from symflow.quotient.state import transport_state
+from symflow.sections import Section
 
 
 @final
@@ -49,6 +47,10 @@ class Quotient:
     preserves
         ``"function"``, or ``"argmax"`` (with ``section="sphere"``): also divide by one positive
         factor of all outputs.
+    metric
+        Factors of leaves in squared distances, by key: ``{"0.weight": 0.1}``; one where none is
+        given. Alignment, means and principal directions go by it, the section does not. Not on
+        spheres.
 
     Notes
     -----
@@ -92,10 +94,13 @@ class Quotient:
         aligner: Aligner | None = None,
         groups: Mapping[str, Group[Any]] | None = None,
         preserves: str = "function",
+        metric: Mapping[str, float | int] | None = None,
     ) -> None:
-        self.arch = _with_groups(arch, groups or {})
-        self.section = _section(self.arch, section, preserves)
-        self.aligner = WeightMatching() if aligner is None else _aligner(aligner)
+        self.arch = with_groups(arch, groups or {})
+        self.section = a_section(self.arch, section, preserves)
+        self.aligner = WeightMatching() if aligner is None else an_aligner(aligner)
+        weights, space = leaf_weights(self.arch, metric), self.section.manifold
+        self._space = space if weights is None else space.weighted(weights)
 
     @property
     def symmetry(self) -> Symmetry:
@@ -105,7 +110,7 @@ class Quotient:
     @property
     def manifold(self) -> WeightManifold:
         """The section space M as a geoopt manifold (M / K itself is not smooth)."""
-        return self.section.manifold
+        return self._space
 
     def project(self, w: Weights) -> Float[Tensor, "*#batch D"]:
         """Return the section's point on the orbit of ``w``: same function, canonical scales.
@@ -163,7 +168,8 @@ class Quotient:
         upper = self.manifold.dist(x0, found.weights)
         bound = found.objective_bound
         best = found.objective if bound is None else torch.maximum(bound, found.objective)
-        squares = objective(self.symmetry, x0, x0) + objective(self.symmetry, x1, x1)
+        a, b = self.manifold.stretch(x0), self.manifold.stretch(x1)
+        squares = objective(self.symmetry, a, a) + objective(self.symmetry, b, b)
         lower = (squares - 2 * best).clamp_min(0).sqrt()
         return torch.minimum(lower, upper), upper
 
@@ -172,7 +178,8 @@ class Quotient:
         x0, x1 = self._ends(w0, w1)
         found = self.align_points(x0, x1)
         start = x0.expand_as(found.weights)
-        return Geodesic(start, self.manifold.logmap(start, found.weights), found, self.section)
+        direction = self.manifold.logmap(start, found.weights)
+        return Geodesic(start, direction, found, self.section, self.manifold)
 
     def log(self, w0: Weights, w1: Weights) -> Float[Tensor, "*#batch D"]:
         """Return the velocity at project(w0) with which a geodesic reaches the orbit of w1."""
@@ -181,11 +188,10 @@ class Quotient:
     def exp(self, w: Weights, v: Float[Tensor, "*#batch D"]) -> Float[Tensor, "*#batch D"]:
         """Return the point that the geodesic from project(w) with velocity ``v`` reaches.
 
-        Inverse of ``log`` as long as no closer element of the orbit turns up on the way. On the
-        sphere section only the tangent part of ``v`` counts, so that the end is on the spheres too
-        (rows that lead straight to the zero row of a dead unit are kept, as ``log`` makes them). On
-        the balanced section geodesics are chords: after another ``v`` than one of ``log`` the end
-        need not be balanced; ``project`` it.
+        Inverse of ``log`` as long as no closer element of the orbit turns up on the way. On spheres
+        only the tangent part of ``v`` counts (and rows that lead straight to the zero row of a dead
+        unit, as ``log`` makes them). On the balanced section geodesics are chords: after another
+        ``v`` than one of ``log`` the end need not be balanced; ``project`` it.
 
         Raises
         ------
@@ -193,15 +199,55 @@ class Quotient:
             If ``v`` does not end with D coordinates, or does not broadcast with ``w``.
         """
         x = self.project(w)
-        if v.ndim == 0 or v.shape[-1] != self.arch.dimension:
-            raise ShapeError(
-                f"v must end with D = {self.arch.dimension} coordinates, got {tuple(v.shape)}"
-            )
-        _require_broadcast(("w", x), ("v", v))
+        self._require_vector(v, ("w", x))
         one = torch.ones((), dtype=x.dtype, device=x.device)
         return self.manifold.geodesic(x, self.manifold.velocity(x, v), one)
 
-    def mean(self, ws: Weights) -> Float[Tensor, " D"]:
+    def transport(
+        self, w0: Weights, w1: Weights, v: Float[Tensor, "*#batch D"]
+    ) -> Float[Tensor, "*#batch D"]:
+        """Carry a vector at project(w0) in parallel along the geodesic to project(w1).
+
+        The geodesic ends at k . project(w1), for the element k of the alignment; there, k is undone
+        (:meth:`Geodesic.transport` leaves the vector where the path ends). Lengths and angles stay,
+        and the way back undoes it. See there for what each section carries.
+
+        Raises
+        ------
+        ShapeError
+            If ``v`` does not end with D coordinates, or does not broadcast with the ends.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> q = symflow.Quotient(symflow.mlp([3, 4, 2]), "sphere")
+        >>> w = torch.randn(2, 26, generator=torch.Generator().manual_seed(0))
+        >>> v = q.log(w[0], w[1])
+        >>> torch.allclose(q.transport(w[0], w[1], v), -q.log(w[1], w[0]), atol=1e-5)
+        True
+        """
+        path = self.geodesic(w0, w1)
+        self._require_vector(v, ("w0 and w1", path.start))
+        return self.symmetry.act(
+            self.symmetry.inverse(path.alignment.element), path.transport(v.to(path.start))
+        )
+
+    def transport_state(self, g: Element, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Move an optimiser's state along with weights; see :func:`transport_state`.
+
+        ``g`` is an element of ``arch.symmetry``, or an alignment's, which does not scale.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> q = symflow.Quotient(symflow.mlp([1, 1, 1]))    # in, bias, out, output bias
+        >>> q.transport_state({"h1": (torch.tensor([0]), torch.tensor([2.0]))},
+        ...                   {"exp_avg": torch.ones(4)})["exp_avg"]
+        tensor([0.5000, 0.5000, 2.0000, 1.0000])
+        """
+        return transport_state(self.arch, g, state)
+
+    def mean(self, ws: Weights, *, progress: bool = False) -> Float[Tensor, " D"]:
         """Return the Frechet mean of a batch (N, D): the point of least summed squared distance.
 
         As far as :func:`frechet_mean` finds it: the best mean of its rounds.
@@ -211,16 +257,148 @@ class Quotient:
         ShapeError
             If ``ws`` is no batch, or an empty one.
         """
+        points = self._batch(ws)
+        # Half precision would end the search where rounding hides what a round gains.
+        half = points.dtype in (torch.float16, torch.bfloat16)
+        ends = self.section.project(points.float() if half else points)
+        mean = frechet_mean(
+            self.manifold, lambda m, x: self.align_points(m, x).weights, ends, progress=progress
+        )
+        return mean.to(points.dtype)
+
+    def principal(self, ws: Weights, k: int) -> Principal:
+        """Return the k directions in which a batch (N, D) of networks differs most.
+
+        Tangent-space principal component analysis (Fletcher et al., 2004): the networks are aligned
+        to their mean, and the geodesics that lead to them decomposed by singular values.
+
+        Raises
+        ------
+        ShapeError
+            If ``ws`` is no batch, or ``k`` not from 1 to the least of N and P.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> w = torch.randn(9, 26, generator=torch.Generator().manual_seed(0))
+        >>> found = symflow.Quotient(symflow.mlp([3, 4, 2])).principal(w, 2)
+        >>> found.reconstruct(found.coordinates).shape
+        torch.Size([9, 26])
+        """
+        points = self._batch(ws)
+        half = points.dtype in (torch.float16, torch.bfloat16)
+        with torch.no_grad():
+            points = points.float() if half else points
+            mean = self.mean(points)
+            return principal(self.manifold, mean, self.log(mean, points), k)
+
+    def pairwise(
+        self, ws: Weights, *, workers: int = 1, progress: bool = True
+    ) -> Float[Tensor, "N N"]:
+        """Return the distances of all pairs of a batch (N, D): symmetric, with a zero diagonal.
+
+        N (N - 1) / 2 alignments, without gradient, in pieces of bounded memory.
+
+        Parameters
+        ----------
+        ws
+            Networks (N, D).
+        workers
+            Number of joblib's jobs. The assignments of an alignment hold the interpreter lock, so
+            processes are what helps; inside ``joblib.parallel_config(backend)`` that backend runs
+            them, such as Dask or Ray on many machines.
+        progress
+            Whether a bar is shown where the output is a terminal and it takes a while.
+
+        Raises
+        ------
+        ShapeError
+            If ``ws`` is no batch, or an empty one, or there is no worker.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> w = torch.randn(3, 26, generator=torch.Generator().manual_seed(0))
+        >>> symflow.Quotient(symflow.mlp([3, 4, 2])).pairwise(w).diagonal()
+        tensor([0., 0., 0.])
+        """
+        with torch.no_grad():
+            points = self.project(self._batch(ws))
+            return pairwise(self._between_points, points, workers=workers, progress=progress)
+
+    def medoid(self, ws: Weights, *, workers: int = 1, progress: bool = True) -> int:
+        """Return which network of a batch (N, D) has the least sum of distances to the others.
+
+        A centre that is one of them (Kaufman and Rousseeuw, 1987). Arguments, errors and cost as
+        :meth:`pairwise`.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> arch, t = symflow.mlp([3, 4, 2], "tanh"), torch.tensor([0.0, 3.0, 1.0])
+        >>> symflow.Quotient(arch).medoid(torch.ones(26) + 0.1 * t[:, None])
+        2
+        """
+        return int(self.pairwise(ws, workers=workers, progress=progress).sum(1).argmin())
+
+    @property
+    def dimension(self) -> int:
+        """Dimension near a generic point: number of parameters less that of the group.
+
+        With ``preserves="argmax"`` one less, the scale of the outputs.
+
+        Raises
+        ------
+        ShapeError
+            If the dimension of a group is not known.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> symflow.Quotient(symflow.mlp([3, 4, 2])).dimension    # 26 parameters, 4 scales
+        22
+        """
+        removed = self.section.state_manifold.dimension - self.manifold.dimension
+        acting = sum(group_dimension(axis.group) for axis in self.arch.axes)
+        return self.arch.num_parameters - acting - removed
+
+    @property
+    def log_orbit_size(self) -> float:
+        """Natural logarithm of how many points of the section are one generic network.
+
+        That is the number of elements of the finite group left there, n! for the permutations of n
+        units and 2^n for their signs. Scales, which the section takes away, do not count.
+
+        Raises
+        ------
+        ShapeError
+            If a group is not finite, or its number of elements is not known.
+
+        Examples
+        --------
+        >>> import math, symflow
+        >>> round(math.exp(symflow.Quotient(symflow.mlp([3, 4, 2])).log_orbit_size))    # 4!
+        24
+        """
+        return log_order(self.symmetry)
+
+    def _between_points(self, x0: Tensor, x1: Tensor) -> Tensor:
+        return self.manifold.dist(x0, self.align_points(x0, x1).weights)
+
+    def _require_vector(self, v: Tensor, at: tuple[str, Tensor]) -> None:
+        if v.ndim == 0 or v.shape[-1] != self.arch.dimension:
+            raise ShapeError(
+                f"v must end with D = {self.arch.dimension} coordinates, got {tuple(v.shape)}"
+            )
+        require_broadcast(at, ("v", v))
+
+    def _batch(self, ws: Weights) -> Tensor:
         points = self.arch.as_weights(ws, name="ws")
         if points.ndim != 2 or len(points) == 0:
             raise ShapeError(
                 f"ws must be a batch (N, D) of one network or more, got shape {tuple(points.shape)}"
             )
-        # Half precision would end the search where rounding hides what a round gains.
-        half = points.dtype in (torch.float16, torch.bfloat16)
-        ends = self.section.project(points.float() if half else points)
-        mean = frechet_mean(self.manifold, lambda m, x: self.align_points(m, x).weights, ends)
-        return mean.to(points.dtype)
+        return points
 
     def _ends(self, w0: Weights, w1: Weights) -> tuple[Tensor, Tensor]:
         a, b = self.arch.as_weights(w0, name="w0"), self.arch.as_weights(w1, name="w1")
@@ -228,7 +406,7 @@ class Quotient:
             raise LeafError(
                 f"w0 is {a.dtype} on {a.device}, w1 is {b.dtype} on {b.device}: convert one of them"
             )
-        _require_broadcast(("w0", a), ("w1", b))
+        require_broadcast(("w0", a), ("w1", b))
         return self.section.project(a), self.section.project(b)
 
     def align_points(
@@ -239,111 +417,4 @@ class Quotient:
         bounds: bool = False,
     ) -> Alignment:
         """Align points that are on the section already, as flows do at every step; no checks."""
-        found = self.aligner(self.symmetry, x0, x1)
-        if isinstance(self.manifold, SphereProduct):
-            found = self._polish(self.manifold, found, x0, x1)
-        if bounds:
-            bound = objective_bound(self.symmetry, x0, x1)
-            found = replace(found, objective_bound=bound)
-        return found
-
-    def _polish(
-        self, manifold: SphereProduct, found: Alignment, x0: Tensor, x1: Tensor
-    ) -> Alignment:
-        batch, d = found.weights.shape[:-1], x1.shape[-1]
-        left, right = (x.detach().expand(*batch, d).reshape(-1, d) for x in (x0, x1))
-        flat = {
-            k: map_element(lambda part: part.reshape(-1, *part.shape[len(batch) :]), g)
-            for k, g in found.element.items()
-        }
-        better = polish_arcs(self.symmetry, manifold, left, right, flat)
-        element = {
-            k: map_element(lambda part: part.reshape((*batch, *part.shape[1:])), g)
-            for k, g in better.items()
-        }
-        weights = self.symmetry.act(element, x1.expand(*batch, d))
-        value = objective(self.symmetry, x0, weights)
-        return replace(found, element=element, weights=weights, objective=value)
-
-
-def _require_broadcast(first: tuple[str, Tensor], second: tuple[str, Tensor]) -> None:
-    (a, x), (b, y) = first, second
-    try:
-        torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
-    except RuntimeError:
-        raise ShapeError(
-            f"the batch dimensions of {a} and {b} must broadcast, got {a} of shape "
-            f"{tuple(x.shape)} and {b} of shape {tuple(y.shape)}: for all pairs, give "
-            f"{a}[:, None] and {b}[None]"
-        ) from None
-
-
-def _with_groups(arch: Any, groups: Any) -> Architecture:
-    if not isinstance(arch, Architecture):
-        raise ShapeError(
-            f"arch must be an Architecture, got {_shown(arch)}: make one, as in "
-            "Architecture.from_module(module, example_input)"
-        )
-    if not isinstance(groups, Mapping):
-        raise ShapeError(
-            f"groups must be a dict from names of axes to groups, got {_shown(groups)}"
-        )
-    for name, group in groups.items():
-        if not isinstance(group, Group):
-            raise ShapeError(
-                f"groups[{name!r}] must be a Group, such as Permutation(4), got {_shown(group)}"
-            )
-    return arch.with_groups(groups) if groups else arch
-
-
-def _aligner(aligner: Any) -> Aligner:
-    if not isinstance(aligner, Aligner):
-        raise ShapeError(
-            f"aligner must be an Aligner, such as WeightMatching(), got {_shown(aligner)}"
-        )
-    return aligner
-
-
-def _section(arch: Architecture, section: Any, preserves: Any) -> Section:
-    if preserves not in ("function", "argmax"):
-        raise ShapeError(f"preserves must be 'function' or 'argmax', got {_shown(preserves)}")
-    if isinstance(section, Section):
-        return _checked(arch, section, preserves)
-    if preserves == "argmax" and section not in ("sphere", "auto"):
-        raise ShapeError(
-            "preserves='argmax' puts the last layer on a sphere: it needs section='sphere', got "
-            f"{_shown(section)}"
-        )
-    if section == "sphere" or preserves == "argmax":
-        return SphereSection(arch, preserves=preserves)
-    if section == "balanced" or (section == "auto" and scaled_axes(arch)):
-        return BalancedSection(arch)
-    if section is None or section == "auto":
-        return FlatSection(arch)
-    raise ShapeError(
-        "section must be 'auto', 'balanced', 'sphere', None or a Section, got " + _shown(section)
-    )
-
-
-def _checked(arch: Architecture, section: Section, preserves: str) -> Section:
-    kind = type(section).__name__
-    if section.arch.fingerprint != arch.fingerprint:
-        raise ShapeError(
-            f"section must be one of this architecture, {arch}, with the same groups on its axes; "
-            f"got a {kind} of {section.arch}. Make it of the same architecture; if groups are "
-            f"given, of that with them: {kind}(arch.with_groups(groups), ...)"
-        )
-    # What a section removes beside the symmetries of the function are the outputs' scales.
-    if preserves == "argmax" and section.state_manifold.dimension == section.manifold.dimension:
-        raise ShapeError(
-            f"preserves='argmax' wants a section that removes the scale of the outputs, got a "
-            f"{kind} that preserves the function: leave preserves out, or give "
-            "SphereSection(arch, preserves='argmax')"
-        )
-    return section
-
-
-def _shown(x: Any) -> str:
-    """Show a small value as it is, anything else by its type: an address tells nothing."""
-    plain = x is None or isinstance(x, str | int | float)
-    return repr(x) if plain else f"an object of type {type(x).__name__}"
+        return align_points(self.symmetry, self.manifold, self.aligner, x0, x1, bounds=bounds)

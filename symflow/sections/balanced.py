@@ -1,8 +1,9 @@
 """The balanced section: the point of least norm on every scaling orbit."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -10,16 +11,18 @@ from torch import Tensor
 
 from symflow.arch import Architecture, Dim, scale_coordinates
 from symflow.errors import ConvergenceError
-from symflow.groups import NoncompactGroup, along
+from symflow.groups import GeneralLinear, ScalingGroup
 from symflow.manifolds import BalancedCone
 from symflow.numerics import power_of_two, tolerance
 from symflow.sections.base import (
     Section,
     is_moderate,
+    mixed_axes,
     require_finite,
     rescale,
     scaled_axes,
     unit_coordinates,
+    unit_shape,
 )
 
 _SWEEPS = 2000
@@ -30,8 +33,32 @@ _ROUGH_SWEEPS = 100
 class _Energy:
     """Squared weights summed over everything but the scaled axes they depend on."""
 
-    dims: tuple[tuple[str, int], ...]  # (axis, degree), one for each dimension of the values
-    values: Tensor  # (*batch, n_1, ..., n_k), float64
+    # Axis, degree, place, and the place of what the axis is over, for each that scales the values.
+    dims: tuple[tuple[str, int, int, int | None], ...]
+    values: Tensor  # (*batch, n_1, ..., n_k), float64; summed dimensions have size one
+    rank: int  # k
+
+    def placed(self, j: int, factors: Tensor) -> Tensor:
+        """View values of the units (*batch, units) of one of the axes along the values."""
+        _, _, k, within = self.dims[j]
+        units = [k] if within is None else [within, k]
+        sizes = [self.values.shape[i - self.rank] for i in units]
+        shape = [1] * self.rank
+        for i, n in zip(units, sizes, strict=True):
+            shape[i] = n
+        spread = factors.unflatten(-1, sizes)
+        if units != sorted(units):
+            spread = spread.mT
+        return spread.reshape(*factors.shape[:-1], *shape)
+
+    def by_unit(self, j: int, values: Tensor) -> Tensor:
+        """Sum values over everything but the units of one of the axes: (*batch, units)."""
+        _, _, k, within = self.dims[j]
+        units = [k] if within is None else [within, k]
+        front = values.ndim - self.rank
+        moved = values.movedim([front + i for i in units], list(range(front, front + len(units))))
+        n = moved.shape[front : front + len(units)].numel()
+        return moved.reshape(*moved.shape[:front], n, -1).sum(-1)
 
 
 @final
@@ -60,9 +87,20 @@ class BalancedSection(Section):
         self.arch = arch
         self.symmetry = arch.symmetry.compact
         self._axes = scaled_axes(arch)
+        # Coordinates by unit, which A and A^-T multiply, for each axis whose units mix.
+        self._mixed = {
+            a: tuple(
+                unit_coordinates(arch, a, degree).unflatten(0, unit_shape(arch, a))
+                for degree in (1, -1)
+            )
+            for a in mixed_axes(arch)
+        }
+        # Whether balancing one of them, or the scales, disturbs the others.
+        touched = [set(leaf.axes) & {*self._mixed, *self._axes} for leaf in arch.leaves]
+        self._coupled = any(len(axes) > 1 and axes & set(self._mixed) for axes in touched)
         self._offsets: dict[str, int] = {}
         for name in self._axes:
-            self._offsets[name] = sum(arch.symmetry[a].size for a in self._offsets)
+            self._offsets[name] = sum(_count(arch, a) for a in self._offsets)
         coordinates, units, degrees = self._exponents()
         self._coordinates = coordinates
         self.manifold = self.state_manifold = BalancedCone(
@@ -70,7 +108,7 @@ class BalancedSection(Section):
             coordinates,
             units,
             degrees,
-            sum(arch.symmetry[a].size for a in self._axes),
+            sum(_count(arch, a) for a in self._axes),
             self.project,
             arch.num_parameters,
         )
@@ -79,9 +117,23 @@ class BalancedSection(Section):
         self, w: Float[Tensor, "*#batch D"]
     ) -> tuple[Float[Tensor, "*#batch D"], Float[Tensor, "*#batch E"]]:
         """Return the balanced weights and nothing."""
-        if not self._axes or w.shape[:-1].numel() == 0:
+        if not (self._axes or self._mixed) or w.shape[:-1].numel() == 0:
             return w, w[..., :0]
         require_finite(self.arch, w)
+        x = self._scaled(w) if self._axes else w
+        for _ in range(_SWEEPS if self._mixed else 0):
+            before, x = x, self._unmixed(x)
+            if not self._coupled:
+                break
+            x = self._scaled(x) if self._axes else x
+            change = (x - before).detach().to(torch.float64).norm()
+            if change <= tolerance(w.dtype).eps * x.shape[-1] ** 0.5 * before.detach().norm():
+                break
+        require_finite(self.arch, x)
+        return x, w[..., :0]
+
+    def _scaled(self, w: Tensor) -> Tensor:
+        """Balance all scales, other things being as they are."""
         x, present = w, None
         if w.dtype == torch.float64 and not _has_squares(w):
             present = self._energies((w != 0).to(w.dtype))
@@ -92,9 +144,21 @@ class BalancedSection(Section):
         scales = {k: v.exp() for k, v in logs.items()}
         if not all(is_moderate(s, w.dtype) for s in scales.values()):
             x = x.to(torch.float64)
-        x = rescale(self.arch, x, scales, alive).to(w.dtype)
-        require_finite(self.arch, x)
-        return x, w[..., :0]
+        return rescale(self.arch, x, scales, alive).to(w.dtype)
+
+    def _unmixed(self, x: Tensor) -> Tensor:
+        """Balance the linear maps of all mixed axes, one after the other, in float64."""
+        moved = x.to(torch.float64)
+        for axis, (up, down) in self._mixed.items():
+            group = self.arch.symmetry[axis].group
+            if not isinstance(group, GeneralLinear):
+                raise TypeError(f"there is no balanced point under {group}, of axis {axis}")
+            up, down = up.to(x.device), down.to(x.device)
+            new_up, new_down = group.balance_factors(moved[..., up], moved[..., down])
+            index = torch.cat([up.flatten(), down.flatten()])
+            values = torch.cat([new_up.flatten(-up.ndim), new_down.flatten(-down.ndim)], -1)
+            moved = moved.index_copy(-1, index, values)
+        return moved.to(x.dtype)
 
     def join(
         self, x: Float[Tensor, "*#batch D"], removed: Float[Tensor, "*#batch E"]
@@ -122,26 +186,32 @@ class BalancedSection(Section):
 
     def _energies(self, w: Tensor) -> list[_Energy]:
         """Sum squares over everything but scaled axes; leaves with the same dims are added."""
-        found: dict[tuple[tuple[str, int], ...], Tensor] = {}
-        batch = w.ndim - 1
+        found: dict[Any, _Energy] = {}
         for leaf in self.arch.leaves:
-            key = tuple((d.axis or "", d.degree) for d in leaf.dims if self._scales(d))
-            if not key or not leaf.learnable:
+            dims = tuple(
+                (d.axis or "", d.degree, k, d.within)
+                for k, d in enumerate(leaf.dims)
+                if self._scales(d)
+            )
+            if not dims or not leaf.learnable:
                 continue
             squares = w[..., leaf.span].to(torch.float64).square()
             squares = squares.reshape(*w.shape[:-1], *leaf.shape)
-            for k in reversed(range(len(leaf.dims))):  # from the end: earlier dims keep their place
-                d, at = leaf.dims[k], batch + k
-                if self._scales(d):
-                    n = self.arch.symmetry[d.axis or ""].size
-                    squares = squares.unflatten(at, (d.outer, n, d.inner)).sum((at, at + 2))
-                else:
-                    squares = squares.sum(at)
-            if len(key) == 2 and key[0][0] == key[1][0] and key[0][1] == -key[1][1]:
+            kept = {k for _, _, *places in dims for k in places if k is not None}
+            for k in range(len(leaf.dims)):
+                if k not in kept:
+                    squares = squares.sum(k - len(leaf.dims), keepdim=True)
+            if len(dims) == 2 and dims[0][0] == dims[1][0] and dims[0][1] == -dims[1][1]:
                 # A unit's weight on itself has degree zero as a whole.
-                squares = squares - torch.diag_embed(squares.diagonal(dim1=-2, dim2=-1))
-            found[key] = found[key] + squares if key in found else squares
-        return [_Energy(k, v) for k, v in found.items()]
+                first, second = (places[0] - len(leaf.dims) for _, _, *places in dims)
+                loops = squares.diagonal(dim1=first, dim2=second)
+                loops = torch.diag_embed(loops, dim1=first, dim2=second)
+                squares = squares - loops
+            key = dims, squares.shape
+            if key in found:
+                squares = found[key].values + squares
+            found[key] = _Energy(dims, squares, len(leaf.dims))
+        return list(found.values())
 
     def _brought_together(self, w: Tensor) -> Tensor:
         """Move along the orbit until the squares of both sides of each unit can be compared.
@@ -171,7 +241,7 @@ class BalancedSection(Section):
             if degree and index.shape[-1]:
                 tops[degree > 0] = abs(degree), x[..., index].abs().amax(-1)
         if len(tops) < 2:
-            return x.new_zeros(*x.shape[:-1], self.arch.symmetry[axis].size)
+            return x.new_zeros(*x.shape[:-1], _count(self.arch, axis))
         (up, incoming), (down, outgoing) = tops[True], tops[False]
         apart = torch.frexp(outgoing).exponent - torch.frexp(incoming).exponent
         shift = (apart / (up + down)).trunc().to(x.dtype)
@@ -187,9 +257,9 @@ class BalancedSection(Section):
     def _alive(self, energies: list[_Energy]) -> dict[str, Tensor]:
         """Find the units with something on both sides, once those without are put to zero."""
         one = energies[0].values
-        batch = one.shape[: one.ndim - len(energies[0].dims)]
-        alive = {a: one.new_ones(*batch, self.arch.symmetry[a].size) for a in self._axes}
-        for _ in range(1 + sum(self.arch.symmetry[a].size for a in self._axes)):
+        batch = one.shape[: one.ndim - energies[0].rank]
+        alive = {a: one.new_ones(*batch, _count(self.arch, a)) for a in self._axes}
+        for _ in range(1 + sum(_count(self.arch, a) for a in self._axes)):
             before = dict(alive)
             for axis in self._axes:
                 energy = _unit_energy(energies, axis, alive, absolute=True)
@@ -203,9 +273,9 @@ class BalancedSection(Section):
     def _balance(self, energies: list[_Energy]) -> dict[str, Tensor]:
         """Coordinate descent on the logarithms of all scales, over axes from input to output."""
         one = energies[0].values
-        batch = one.shape[: one.ndim - len(energies[0].dims)]
-        factors = {a: one.new_ones(*batch, self.arch.symmetry[a].size) for a in self._axes}
-        loops = {a for e in energies for a, _ in e.dims if [x for x, _ in e.dims].count(a) > 1}
+        batch = one.shape[: one.ndim - energies[0].rank]
+        factors = {a: one.new_ones(*batch, _count(self.arch, a)) for a in self._axes}
+        loops = {a for e in energies for a, *_ in e.dims if [x for x, *_ in e.dims].count(a) > 1}
         exact = len(self._axes) == 1 and not loops
         change = float("inf")
         for _ in range(_SWEEPS):
@@ -213,9 +283,11 @@ class BalancedSection(Section):
             for axis in self._axes:
                 group = self.arch.symmetry[axis].group
                 energy = _unit_energy(energies, axis, factors)
-                if not isinstance(group, NoncompactGroup) or not energy:
+                if not isinstance(group, ScalingGroup) or not energy:
                     continue
-                new = group.noncompact(group.balance(energy))
+                shape = unit_shape(self.arch, axis)
+                energy = {p: e.unflatten(-1, shape) for p, e in energy.items()}
+                new = group.noncompact(group.balance(energy)).flatten(-len(shape))
                 if axis in loops:  # both ends of a weight move: go half of the way
                     new = (new * factors[axis]).sqrt()
                 change = max(change, float((new / factors[axis]).detach().log().abs().max()))
@@ -246,22 +318,26 @@ def _unit_energy(
     """Energy of every unit of an axis by degree, the other axes scaled by ``factors``."""
     total: dict[int, Tensor] = {}
     for energy in energies:
-        for k, (name, degree) in enumerate(energy.dims):
+        for j, (name, degree, *_) in enumerate(energy.dims):
             if name != axis:
                 continue
-            others = [j for j in range(len(energy.dims)) if j != k]
             values = energy.values
-            for j in others:
-                other, power = energy.dims[j]
-                factor = factors[other] ** (2 * (abs(power) if absolute else power))
-                values = values * along(factor, values, j - len(energy.dims))
-            values = values.sum([j - len(energy.dims) for j in others]) if others else values
-            total[degree] = total[degree] + values if degree in total else values
+            for i, (other, power, *_) in enumerate(energy.dims):
+                if i != j:
+                    factor = factors[other] ** (2 * (abs(power) if absolute else power))
+                    values = values * energy.placed(i, factor)
+            summed = energy.by_unit(j, values)
+            total[degree] = total[degree] + summed if degree in total else summed
     return total
 
 
 def _masked(energy: _Energy, alive: Mapping[str, Tensor]) -> _Energy:
     values = energy.values
-    for k, (axis, _) in enumerate(energy.dims):
-        values = values * along(alive[axis].to(values.dtype), values, k - len(energy.dims))
-    return _Energy(energy.dims, values)
+    for j, (axis, *_) in enumerate(energy.dims):
+        values = values * energy.placed(j, alive[axis].to(values.dtype))
+    return _Energy(energy.dims, values, energy.rank)
+
+
+def _count(arch: Architecture, axis: str) -> int:
+    """Number of units of an axis, counted for each unit of the one it is over."""
+    return math.prod(unit_shape(arch, axis))

@@ -1,16 +1,17 @@
 """What a section is: one point on each orbit of the non-compact symmetries."""
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from symflow.arch import Architecture, Symmetry, scale_coordinates
+from symflow.arch import Architecture, Leaf, Symmetry, scale_coordinates
 from symflow.errors import DeadNeuronWarning, LeafError
-from symflow.groups import NoncompactGroup
+from symflow.groups import NoncompactGroup, ScalingGroup
 from symflow.numerics import tolerance
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def require_finite(arch: Architecture, x: Float[Tensor, "*#batch D"]) -> None:
 
 
 def scaled_axes(arch: Architecture) -> list[str]:
-    """Names of the axes on which a non-compact group acts, from input to output.
+    """Names of the axes on which units are scaled, from input to output.
 
     Examples
     --------
@@ -104,11 +105,73 @@ def scaled_axes(arch: Architecture) -> list[str]:
     >>> scaled_axes(symflow.mlp([2, 3, 3, 1])), scaled_axes(symflow.mlp([2, 3, 1], "tanh"))
     (['h1', 'h2'], [])
     """
+    return [a.name for a in arch.axes if isinstance(a.group, ScalingGroup)]
+
+
+def mixed_axes(arch: Architecture) -> list[str]:
+    """Names of the axes on which a non-compact group mixes units.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> mixed_axes(symflow.mlp([2, 3, 1], "identity"))
+    ['h1']
+    """
+    return [
+        a.name
+        for a in arch.axes
+        if isinstance(a.group, NoncompactGroup) and not isinstance(a.group, ScalingGroup)
+    ]
+
+
+def noncompact_axes(arch: Architecture) -> list[str]:
+    """Names of the axes whose group has unbounded orbits: a section has to choose points there.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> noncompact_axes(symflow.mlp([2, 3, 1])), noncompact_axes(symflow.mlp([2, 3, 1], "tanh"))
+    (['h1'], [])
+    """
     return [a.name for a in arch.axes if isinstance(a.group, NoncompactGroup)]
+
+
+def unit_shape(arch: Architecture, axis: str) -> tuple[int, ...]:
+    """Shape of values of the units of an axis: (n,), or (m, n) for an axis over another one's m.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> unit_shape(symflow.mlp([2, 3, 1]), "h1")
+    (3,)
+    """
+    found = arch.symmetry[axis]
+    outer = () if found.over is None else (arch.symmetry[found.over].size,)
+    return (*outer, found.size)
+
+
+def by_unit(leaf: Leaf, k: int, x: Tensor) -> Shaped[Tensor, "*batch units rest"]:
+    """View a leaf (*batch, *leaf.shape) by the units of dimension ``k``, those of all it is over.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> leaf = symflow.mlp([2, 3, 1]).leaves[0]
+    >>> by_unit(leaf, 1, torch.arange(6).reshape(3, 2))
+    tensor([[0, 2, 4],
+            [1, 3, 5]])
+    """
+    front, within = x.ndim - len(leaf.dims), leaf.dims[k].within
+    units = [k] if within is None else [within, k]
+    moved = x.movedim([front + j for j in units], list(range(front, front + len(units))))
+    n = moved.shape[front : front + len(units)].numel()
+    return moved.reshape(*moved.shape[:front], n, leaf.size // n)
 
 
 def unit_coordinates(arch: Architecture, axis: str, degree: int) -> Int[Tensor, "n d"]:
     """Return the learnable coordinates that each unit of an axis carries with a degree.
+
+    Units of an axis over another one are counted for each unit of that one.
 
     Examples
     --------
@@ -118,18 +181,15 @@ def unit_coordinates(arch: Architecture, axis: str, degree: int) -> Int[Tensor, 
             [2, 3, 7],
             [4, 5, 8]])
     """
-    size = arch.symmetry[axis].size
-    parts: list[Tensor] = []
+    parts = [torch.zeros(math.prod(unit_shape(arch, axis)), 0, dtype=torch.long)]
     for leaf in arch.leaves:
         if not leaf.learnable:
             continue
         index = torch.arange(leaf.offset, leaf.offset + leaf.size).reshape(leaf.shape)
         for k, dim in enumerate(leaf.dims):
             if dim.axis == axis and dim.degree == degree:
-                split = index.unflatten(k, (dim.outer, size, dim.inner))
-                parts.append(split.movedim(k + 1, 0).reshape(size, -1))
-    empty = torch.zeros(size, 0, dtype=torch.long)
-    return torch.cat([empty, *parts], dim=1)
+                parts.append(by_unit(leaf, k, index))
+    return torch.cat(parts, dim=1)
 
 
 def rescale(
@@ -140,9 +200,12 @@ def rescale(
 ) -> Float[Tensor, "*#batch D"]:
     """Scale units, and put those that are not alive to zero: the limit of their orbit.
 
+    Both have one value for each unit (*batch, units), counted as :func:`unit_coordinates` does.
     A unit that receives nothing or sends nothing has no balanced point: its orbit runs towards
     zero, where incoming and outgoing weights are both zero and the function is the same.
     """
+    scales = {k: v.unflatten(-1, unit_shape(arch, k)) for k, v in scales.items()}
+    alive = {k: v.unflatten(-1, unit_shape(arch, k)) for k, v in alive.items()}
     factors = scale_coordinates(arch.leaves, scales)
     moved = w if factors is None else w * factors.to(w.dtype)
     dead = sum(int((~a).sum()) for a in alive.values())

@@ -8,7 +8,7 @@ from torch import Tensor
 from symflow.arch import Architecture
 from symflow.errors import NotIsometricError
 from symflow.manifolds import Flat
-from symflow.sections.base import Section, scaled_axes
+from symflow.sections.base import Section, noncompact_axes
 
 
 @final
@@ -36,8 +36,8 @@ class FlatSection(Section):
     """
 
     def __init__(self, arch: Architecture, *, isometric_only: bool = True) -> None:
-        if isometric_only and scaled_axes(arch):
-            name = scaled_axes(arch)[0]
+        if isometric_only and noncompact_axes(arch):
+            name = noncompact_axes(arch)[0]
             raise NotIsometricError(
                 f"axis {name} has {arch.symmetry[name].group}, which does not keep distances: "
                 "choose section='balanced' or 'sphere'"

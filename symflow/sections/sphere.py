@@ -16,6 +16,7 @@ from symflow.numerics import norm, power_of_two, tolerance
 from symflow.sections.base import (
     Section,
     is_moderate,
+    mixed_axes,
     require_finite,
     rescale,
     scaled_axes,
@@ -82,6 +83,12 @@ class SphereSection(Section):
             raise ShapeError(f"preserves must be 'function' or 'argmax', got {preserves!r}")
         self.arch = arch
         self.symmetry = arch.symmetry.compact
+        mixed = mixed_axes(arch)
+        if mixed:
+            raise LeafError(
+                f"{arch.symmetry[mixed[0]].group} mixes the units of axis {mixed[0]}: they have no "
+                "rows of their own to put on spheres. Use section='balanced'"
+            )
         self._rows = {
             name: unit_coordinates(arch, name, 1)
             if bias == "joint"

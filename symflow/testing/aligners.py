@@ -6,29 +6,81 @@ would be exact. What holds is that it ends where no single axis can be improved.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
 
 import torch
 from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from symflow.align import Aligner, Alignment, Status, WeightMatching
+from symflow.align import (
+    ActivationMatching,
+    Aligner,
+    Alignment,
+    FrankWolfe,
+    Polished,
+    Sinkhorn,
+    Status,
+    StraightThrough,
+    Weighted,
+    WeightMatching,
+)
 from symflow.arch import Architecture, Symmetry, mlp
 from symflow.errors import NotIsometricError
 from symflow.testing.law import Body, Draws, Law, agree, demand, law
 from symflow.testing.networks import generic_weights, small_architectures
-from symflow.testing.strategies import element, elements, pick, register, seeds, values
+from symflow.testing.strategies import (
+    element,
+    elements,
+    generator,
+    pick,
+    register,
+    seeds,
+    values,
+)
 
 _RIVALS = 24
 
 
-def aligner_laws(subject: Aligner | type[Aligner]) -> tuple[Law, ...]:
+@final
+@dataclass(frozen=True, eq=False)
+class BuiltFor:
+    """An aligner that is built for one architecture, because it needs data of it.
+
+    Attributes
+    ----------
+    build
+        Builds the aligner; the networks of the law's examples are of the same architecture.
+    architectures
+        What to build it for; by default whatever other aligners are tried on.
+
+    Examples
+    --------
+    >>> print(BuiltFor(lambda arch: ActivationMatching(arch, arch.inputs), name="mine"))
+    mine
+    """
+
+    build: Callable[[Architecture], Aligner]
+    architectures: SearchStrategy[Architecture] | None = None
+    name: str = "an aligner built for each architecture"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Subject: TypeAlias = Aligner | BuiltFor
+
+
+def aligner_laws(subject: Subject | type[Aligner]) -> tuple[Law, ...]:
     """List the laws that an aligner (or, over drawn options, a class of aligners) has to obey.
 
     Parameters
     ----------
     subject
-        An aligner, or a class with a strategy (:func:`symflow.testing.register`).
+        An aligner, how to build one for an architecture (:class:`BuiltFor`), or a class with a
+        strategy that draws either (:func:`symflow.testing.register`).
 
     Raises
     ------
@@ -44,13 +96,13 @@ def aligner_laws(subject: Aligner | type[Aligner]) -> tuple[Law, ...]:
     return tuple(law(name, drawn, body) for name, body in ALIGNER.items())
 
 
-def check_aligner(aligner: Aligner, *, max_examples: int | None = None) -> None:
+def check_aligner(aligner: Subject, *, max_examples: int | None = None) -> None:
     """Check that an aligner undoes planted elements, is covariant, and stops at a fixed point.
 
     Parameters
     ----------
     aligner
-        The aligner.
+        The aligner, or how to build it for an architecture.
     max_examples
         How many examples to draw for each law; as many as the active Hypothesis profile says by
         default.
@@ -104,11 +156,18 @@ _HARD = st.builds(
 _ANY = small_architectures() | _HARD
 
 
-def _problem(draw: Draws, batch: tuple[int, ...] = ()) -> tuple[Architecture, Symmetry, Any, Any]:
+def _problem(
+    subject: Subject, draw: Draws, batch: tuple[int, ...] = ()
+) -> tuple[Aligner, Architecture, Symmetry, Any, Any]:
     """Draw an architecture, its compact symmetry, and two networks without ties."""
-    arch = draw("arch", _ANY)
+    architectures = subject.architectures if isinstance(subject, BuiltFor) else None
+    arch = draw("arch", _ANY if architectures is None else architectures)
     w0, w1 = (draw(name, generic_weights(arch, batch=batch)) for name in ("w0", "w1"))
-    return arch, arch.symmetry.compact, w0, w1
+    return _built(subject, arch), arch, arch.symmetry.compact, w0, w1
+
+
+def _built(subject: Subject, arch: Architecture) -> Aligner:
+    return subject.build(arch) if isinstance(subject, BuiltFor) else subject
 
 
 def _value(arch: Architecture, w0: Tensor, w1: Tensor) -> Tensor:
@@ -117,8 +176,8 @@ def _value(arch: Architecture, w0: Tensor, w1: Tensor) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def _result(aligner: Aligner, draw: Draws) -> None:
-    arch, symmetry, w0, w1 = _problem(draw)
+def _result(subject: Subject, draw: Draws) -> None:
+    aligner, arch, symmetry, w0, w1 = _problem(subject, draw)
     kept = w0.clone(), w1.clone()
     found = aligner(symmetry, w0, w1)
     agree(found.weights, symmetry.act(found.element, w1), "weights against the element's action")
@@ -127,20 +186,20 @@ def _result(aligner: Aligner, draw: Draws) -> None:
     demand(torch.equal(w0, kept[0]) and torch.equal(w1, kept[1]), "aligning changes its arguments")
 
 
-def _ascent(aligner: Aligner, draw: Draws) -> None:
-    _, symmetry, w0, w1 = _problem(draw)
+def _ascent(subject: Subject, draw: Draws) -> None:
+    aligner, _, symmetry, w0, w1 = _problem(subject, draw)
     history = aligner(symmetry, w0, w1).history
     agree(history.cummax(0).values, history, "greatest objective so far, against the objective")
 
 
-def _planted(aligner: Aligner, draw: Draws) -> None:
-    _, symmetry, w, _ = _problem(draw)
+def _planted(subject: Subject, draw: Draws) -> None:
+    aligner, _, symmetry, w, _ = _problem(subject, draw)
     g = draw("g", elements(symmetry))
     agree(aligner(symmetry, w, symmetry.act(g, w)).weights, w, "g w brought back, against w")
 
 
-def _orbit(aligner: Aligner, draw: Draws) -> None:
-    _, symmetry, w0, w1 = _problem(draw)
+def _orbit(subject: Subject, draw: Draws) -> None:
+    aligner, _, symmetry, w0, w1 = _problem(subject, draw)
     g, h = draw("g", elements(symmetry)), draw("h", elements(symmetry, batch=(8,)))
     first = aligner(symmetry, w0, w1).objective
     w1 = symmetry.act(h, w1.expand(8, -1))
@@ -148,8 +207,8 @@ def _orbit(aligner: Aligner, draw: Draws) -> None:
     agree(others, first.expand(8), "objective elsewhere on the orbits")
 
 
-def _fixed_point(aligner: Aligner, draw: Draws) -> None:
-    arch, symmetry, w0, w1 = _problem(draw)
+def _fixed_point(subject: Subject, draw: Draws) -> None:
+    aligner, arch, symmetry, w0, w1 = _problem(subject, draw)
     found, seed = aligner(symmetry, w0, w1), draw("rivals", seeds())
     if found.status is not Status.CONVERGED:
         return
@@ -163,8 +222,8 @@ def _fixed_point(aligner: Aligner, draw: Draws) -> None:
         agree(top, found.objective, f"best of axis {axis.name}, against the objective", scale=slack)
 
 
-def _batch(aligner: Aligner, draw: Draws) -> None:
-    arch, symmetry, w0, w1 = _problem(draw, (2,))
+def _batch(subject: Subject, draw: Draws) -> None:
+    aligner, arch, symmetry, w0, w1 = _problem(subject, draw, (2,))
     grid = aligner(symmetry, w0[:, None], w1)
     shape = (2, 2, arch.dimension)
     demand(grid.weights.shape == shape, f"2 x 2 pairs give shape {tuple(grid.weights.shape)}")
@@ -175,11 +234,11 @@ def _batch(aligner: Aligner, draw: Draws) -> None:
     agree(moved, one.weights, f"the element of pair {i, k}")
 
 
-def _refusal(aligner: Aligner, draw: Draws) -> None:
+def _refusal(subject: Subject, draw: Draws) -> None:
     arch = mlp([2, draw("width", st.integers(1, 3)), 1], "relu")
     w = draw("w", generic_weights(arch))
     try:
-        aligner(arch.symmetry, w, w)
+        _built(subject, arch)(arch.symmetry, w, w)
     except NotIsometricError:
         return
     raise AssertionError("a group with scales is taken without a NotIsometricError")
@@ -195,6 +254,50 @@ ALIGNER: dict[str, Body] = {
     "refusal": _refusal,
 }
 
+# ---------------------------------------------------------------- what is drawn
+
+
+def _size(w: Tensor) -> Tensor:
+    """Return a loss that is the same along orbits: midpoints are longest where networks agree."""
+    return -w.square().sum(-1)
+
+
+def _on_data(correlation: bool, architectures: SearchStrategy[Architecture]) -> BuiltFor:
+    """Activation matching on inputs drawn once."""
+
+    def build(arch: Architecture) -> Aligner:
+        g = generator(0)
+        inputs = [2 * torch.randn(64, *x.shape[1:], generator=g) for x in arch.inputs]
+        return ActivationMatching(arch, tuple(inputs), correlation)
+
+    return BuiltFor(build, architectures, f"ActivationMatching on data, correlation={correlation}")
+
+
 # The start at the identity depends on where on their orbits the networks lie: it breaks "orbit".
 _STARTS = (("sequential",), ("sequential", "random"), ("sequential", "random", "random"))
-register(WeightMatching, st.sampled_from(_STARTS).map(WeightMatching))
+_STEEPEST = FrankWolfe(max_steps=5)
+_DRAWN: dict[type[Aligner], tuple[Subject, ...]] = {
+    WeightMatching: tuple(map(WeightMatching, _STARTS)),
+    # The barycentre alone need not lead to a planted element: the relaxed problem has local maxima.
+    FrankWolfe: (_STEEPEST, FrankWolfe(("sequential",), 5), FrankWolfe(max_steps=5, polish=False)),
+    # From the uniform matrix the same.
+    Sinkhorn: (
+        Sinkhorn(steps=5),
+        Sinkhorn(steps=5, polish=False),
+        Sinkhorn(_size, steps=3),
+        Sinkhorn(_size, at="random", steps=3, polish=False),
+    ),
+    StraightThrough: (StraightThrough(_size, steps=3),),
+    # Correlations of two units that see one coordinate alone are one: narrow networks have ties.
+    ActivationMatching: (_on_data(True, _HARD), _on_data(False, _ANY)),
+    Polished: (
+        Polished(FrankWolfe(("sequential",), 3, polish=False), WeightMatching()),
+        Polished(WeightMatching(("sequential",)), _STEEPEST),
+    ),
+    Weighted: (
+        Weighted(WeightMatching(), outgoing=0.5),
+        Weighted(WeightMatching(), incoming=2.0, outgoing=0.25),
+    ),
+}
+for _cls, _subjects in _DRAWN.items():
+    register(_cls, st.sampled_from(_subjects))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from symflow.groups import CompactGroup, Group, NoncompactGroup, monomial
+from symflow.groups import CompactGroup, GeneralLinear, Group, NoncompactGroup, ScalingGroup, monomial
 from symflow.numerics import tolerance
 from symflow.testing.law import Body, Draws, agree, demand
 from symflow.testing.strategies import elements, tensors
@@ -111,15 +111,41 @@ def _no_better(best: Tensor, rival: Tensor, what: str) -> None:
 # ---------------------------------------------------------------- non-compact groups
 
 
-def _energies(n: int, *, low: int = 0) -> SearchStrategy[dict[int, Tensor]]:
-    """Squared norms that coordinates carry, for one upward and one downward degree."""
-    entries = tensors(n, low=low, high=9)
+def _energies(group: Group[Any], *, low: int = 0) -> SearchStrategy[dict[int, Tensor]]:
+    """Squared norms that coordinates carry, for one upward and one downward degree.
+
+    The same for coordinates that are always scaled alike: no others say what their pairs carry.
+    """
+    entries = tensors(group.size, low=low, high=9)
     scales = st.sampled_from((1.0, 4.0**9, 4.0**-9))
-    return st.builds(
-        lambda up, down, a, b, zero, scale: {up: a * scale, -down: b, 0: zero},
-        *(st.sampled_from((1, 2)), st.sampled_from((1, 2))),
-        *(entries, entries, entries, scales),
-    )
+    powers = st.sampled_from([p for p in (1, 2) if p in degrees(group)])
+    alike = tied(group)
+
+    def drawn(
+        up: int, down: int, a: Tensor, b: Tensor, zero: Tensor, scale: float
+    ) -> dict[int, Tensor]:
+        energy = {up: alike @ a * scale, -down: alike @ b, 0: alike @ zero}
+        return {p: e for p, e in energy.items() if p in degrees(group)}
+
+    return st.builds(drawn, powers, powers, entries, entries, entries, scales)
+
+
+def tied(group: Group[Any]) -> Tensor:
+    """Return the averages over coordinates that a scaling group always scales alike, as a matrix.
+
+    Examples
+    --------
+    >>> from symflow.groups import PositiveScale
+    >>> tied(PositiveScale(2))
+    tensor([[1., 0.],
+            [0., 1.]], dtype=torch.float64)
+    """
+    if not isinstance(group, ScalingGroup):
+        return torch.eye(group.size, dtype=torch.float64)
+    like = torch.zeros((), dtype=torch.float64)
+    drawn = group.noncompact(group.random(generator=torch.Generator().manual_seed(0), like=like))
+    alike = torch.isclose(drawn[:, None], drawn[None], rtol=tolerance(drawn.dtype).close).double()
+    return alike / alike.sum(1, keepdim=True)
 
 
 def _energy(a: Tensor, energy: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -127,14 +153,14 @@ def _energy(a: Tensor, energy: Mapping[int, Tensor]) -> dict[int, Tensor]:
     return {p: power(a, p).square() @ e for p, e in energy.items()}
 
 
-def _balance(group: NoncompactGroup[Any], draw: Draws) -> None:
+def _balance(group: ScalingGroup[Any], draw: Draws) -> None:
     n = group.size
-    energy = draw("energy", _energies(n))
+    energy = draw("energy", _energies(group))
     factors = draw(
         "factors", st.lists(st.sampled_from((0.5, 0.9, 1.0, 1.1)), min_size=n, max_size=n)
     )
     g = group.balance(energy)
-    s, t = group.noncompact(g), torch.tensor(factors, dtype=torch.float64)
+    s, t = group.noncompact(g), tied(group) @ torch.tensor(factors, dtype=torch.float64)
     closed = torch.stack([e > 0 for p, e in energy.items() if p]).all(0)
     agree(s[~closed], torch.ones_like(s)[~closed], "scales where no minimum exists, against one")
 
@@ -150,15 +176,15 @@ def _balance(group: NoncompactGroup[Any], draw: Draws) -> None:
     agree(torch.tensor(total), torch.tensor(wanted), "energy after acting against the scales' own")
 
 
-def _balance_again(group: NoncompactGroup[Any], draw: Draws) -> None:
-    energy = draw("energy", _energies(group.size))
+def _balance_again(group: ScalingGroup[Any], draw: Draws) -> None:
+    energy = draw("energy", _energies(group))
     balanced = _energy(matrix(group, group.balance(energy)), energy)
     s = group.noncompact(group.balance(balanced))
     agree(s, torch.ones_like(s), "scales of what is balanced already")
 
 
-def _balance_anywhere(group: NoncompactGroup[Any], draw: Draws) -> None:
-    energy, h = draw("energy", _energies(group.size, low=1)), draw("h", elements(group))
+def _balance_anywhere(group: ScalingGroup[Any], draw: Draws) -> None:
+    energy, h = draw("energy", _energies(group, low=1)), draw("h", elements(group))
 
     def least(start: Mapping[int, Tensor]) -> Tensor:
         reached = _energy(matrix(group, group.balance(start)), start)
@@ -171,11 +197,39 @@ def _residual(group: NoncompactGroup[Any], draw: Draws) -> None:
     left = group.residual
     demand(isinstance(left, CompactGroup), f"the residual {left} is no CompactGroup")
     demand(left.size == group.size, f"the residual {left} acts on another size")
+    k = draw("k", elements(left))
+    a, like = matrix(left, k), torch.zeros((), dtype=torch.float64)
+    agree(group.act(group.identity(like=like), a, dim=-2), a, "the identity on an element left")
+
+
+def _stretch(group: ScalingGroup[Any], draw: Draws) -> None:
+    left = group.residual
     g = draw("g", elements(group, batch=(2,)))
     s = group.noncompact(g)
     demand(s.shape == (2, group.size) and bool((s > 0).all()), "noncompact(g) is no positive scale")
     compact = matrix(group, g) / s[:, None, :]
     agree(matrix(left, left.nearest(compact)), compact, "what the scales leave, in the residual")
+
+
+def _factors(group: GeneralLinear, draw: Draws) -> None:
+    n = group.size
+    up, down = draw("up", tensors(n, 2 * n + 1)), draw("down", tensors(n, n + 1))
+    h = draw("h", elements(group))
+    one, two = group.balance_factors(up, down)
+    agree(one.mT @ two, up.mT @ down, "the product of balanced factors")
+    agree(one @ one.mT, two @ two.mT, "Gram matrices of balanced factors")
+    agree(torch.cat(group.balance_factors(one, two), -1), torch.cat([one, two], -1), "again")
+    moved = group.act(h, up, dim=-2), group.act(h, down, dim=-2, degree=-1)
+    agree(_total(*group.balance_factors(*moved)), _total(one, two), "least norm along an orbit")
+    demand(float(_total(one, two)) <= float(_total(*moved)) * (1 + _slack()), "another has less")
+
+
+def _total(up: Tensor, down: Tensor) -> Tensor:
+    return up.square().sum() + down.square().sum()
+
+
+def _slack() -> float:
+    return tolerance(torch.float64).close
 
 
 COMPACT: dict[str, Body] = {
@@ -185,9 +239,11 @@ COMPACT: dict[str, Body] = {
     "support": _support,
     "mixed degrees": _mixed,
 }
-NONCOMPACT: dict[str, Body] = {
+NONCOMPACT: dict[str, Body] = {"residual": _residual}
+SCALING: dict[str, Body] = {
     "balance": _balance,
     "balance again": _balance_again,
     "balance anywhere": _balance_anywhere,
-    "residual": _residual,
+    "stretch": _stretch,
 }
+MIXING: dict[str, Body] = {"factors": _factors}

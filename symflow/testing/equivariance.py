@@ -137,8 +137,6 @@ def _dense(arch: Architecture, draw: Draws) -> None:
             if dim.axis is None:
                 continue
             a = power(matrix(arch.symmetry[dim.axis].group, g[dim.axis]), dim.degree)
-            a = torch.kron(torch.eye(dim.outer, dtype=a.dtype), a)
-            a = torch.kron(a, torch.eye(dim.inner, dtype=a.dtype))
             x = (x.movedim(k, -1) @ a.mT).movedim(-1, k)
         agree(moved[leaf.span].reshape(leaf.shape), x, f"leaf {leaf.name} against matrices")
 

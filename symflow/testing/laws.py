@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from symflow.errors import ShapeError
-from symflow.groups import CompactGroup, Group, NoncompactGroup
+from symflow.groups import CompactGroup, GeneralLinear, Group, NoncompactGroup, ScalingGroup
 from symflow.numerics import tolerance
-from symflow.testing.contracts import COMPACT, NONCOMPACT, degrees, matrix, power
+from symflow.testing.contracts import COMPACT, MIXING, NONCOMPACT, SCALING, degrees, matrix, power
 from symflow.testing.law import Body, Draws, Law, agree, demand, law, size_of
 from symflow.testing.strategies import (
     element,
@@ -45,7 +45,7 @@ def laws(subject: Group[Any] | type[Group[Any]]) -> tuple[Law, ...]:
     --------
     >>> from symflow.groups import PositiveScale
     >>> [str(law) for law in laws(PositiveScale(3))][-4:]
-    ['balance', 'balance again', 'balance anywhere', 'residual']
+    ['balance', 'balance again', 'balance anywhere', 'stretch']
 
     Use it with pytest::
 
@@ -60,6 +60,8 @@ def laws(subject: Group[Any] | type[Group[Any]]) -> tuple[Law, ...]:
     found = dict(_LAWS)
     found |= COMPACT if issubclass(kind, CompactGroup) else {}
     found |= NONCOMPACT if issubclass(kind, NoncompactGroup) else {}
+    found |= SCALING if issubclass(kind, ScalingGroup) else {}
+    found |= MIXING if issubclass(kind, GeneralLinear) else {}
     return tuple(law(name, drawn, body) for name, body in found.items())
 
 

@@ -220,9 +220,7 @@ def _slices(arch: Architecture, w: Tensor, axis: str, unit: int) -> list[tuple[i
         x = w[..., leaf.span].view(*w.shape[:-1], *leaf.shape)
         for k, dim in enumerate(leaf.dims):
             if dim.axis == axis:
-                n = leaf.shape[k] // (dim.outer * dim.inner)
-                parts = x.unflatten(k - len(leaf.dims), (dim.outer, n, dim.inner))
-                found.append((dim.degree, parts.select(k - len(leaf.dims) - 1, unit)))
+                found.append((dim.degree, x.select(k - len(leaf.dims), unit)))
     return found
 
 

@@ -23,7 +23,9 @@ from symflow.groups import (
     Group,
     NoncompactProduct,
     Permutation,
+    Phases,
     PositiveScale,
+    Rotary,
     Sign,
 )
 
@@ -246,6 +248,15 @@ def _sized(*kinds: Callable[[int], Group[Any]]) -> SearchStrategy[Any]:
     return st.builds(lambda kind, n: kind(n), st.sampled_from(kinds), st.integers(1, MAX_SIZE))
 
 
+for _kind in (Phases, Rotary):
+    register(
+        _kind,
+        st.builds(
+            _kind,
+            st.integers(1, MAX_SIZE // 2).map(lambda n: 2 * n),
+            st.sampled_from(["half", "interleaved"]),
+        ),
+    )
 register(CompactProduct, _sized(lambda n: Permutation(n) @ Sign(n)))
 register(
     NoncompactProduct,

@@ -1,12 +1,21 @@
 """What operations do to axes: the registry, and the rules that symflow brings, by kind."""
 
-from symflow.arch.rules import arithmetic, elementwise, linear, normalisation, recurrent, shape
+from symflow.arch.rules import (
+    arithmetic,
+    attention,
+    elementwise,
+    linear,
+    normalisation,
+    recurrent,
+    shape,
+)
 from symflow.arch.rules.registry import Activation, Value, find_rule, require_rule, rule
 
 __all__ = [
     "Activation",
     "Value",
     "arithmetic",
+    "attention",
     "elementwise",
     "find_rule",
     "linear",

@@ -1,13 +1,13 @@
-"""Sums and products of tensors: residual connections and gates tie axes together."""
+"""Sums and products of tensors: residual connections, gates and attention tie axes together."""
 
 import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from symflow.arch.layout import FIXED, Label
+from symflow.arch.labels import FIXED, Label
 from symflow.arch.rules.elementwise import LINEAR, PLAIN
-from symflow.arch.rules.registry import Value, rule
+from symflow.arch.rules.registry import Activation, Value, rule
 
 if TYPE_CHECKING:
     from symflow.arch.trace import Call
@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 @rule("add")
 @rule("add_")
 @rule("sub")
-def _add(call: "Call", x: Any, y: Any) -> Value:
+def _add(call: "Call", x: Any, y: Any, **_options: Any) -> Value:
     if not (isinstance(x, Value) and isinstance(y, Value)):
         return call.elementwise(x if isinstance(x, Value) else y, PLAIN)
     dims: list[Label] = []
-    for a, b, m, n in _aligned(x, y):
+    for a, b, m, n in aligned(x, y):
         if m == n:
-            call.tracing.unify(a, b, f"added to something that stays, at {call.path}")
-            dims.append(a)
+            dims.append(
+                call.tracing.unify(a, b, f"added to something that stays, at {call.path}")
+            )
             continue
         dims.append(a if n == 1 else b)  # one number is added to all units
         call.tracing.weaken(dims[-1], PLAIN, call.name)
@@ -40,45 +41,74 @@ def _add(call: "Call", x: Any, y: Any) -> Value:
 @rule(operator.imul)
 @rule(torch.mul)
 @rule("mul")
-def _multiply(call: "Call", x: Any, y: Any) -> Value:
+@rule("mul_")
+def multiply(call: "Call", x: Any, y: Any) -> Value:
+    """Multiply two tensors, or a tensor by a number."""
     if not (isinstance(x, Value) and isinstance(y, Value)):
         return call.elementwise(x if isinstance(x, Value) else y, LINEAR)
-    dims: list[Label] = []
-    for a, b, m, n in _aligned(x, y):
-        dims.append(_gated(call, a, b) if m == n else a if n == 1 else b)
+    dims = [
+        gated(call, a, b) if m == n else a if n == 1 else b for a, b, m, n in aligned(x, y)
+    ]
     return Value(call.shape, tuple(dims))
 
 
-def _gated(call: "Call", a: Label, b: Label) -> Label:
-    """Label the product of two factors: permuted together, scaled with one of them."""
-    first, second = call.tracing.resolve(a), call.tracing.resolve(b)
-    reason = f"multiplied by something that stays, at {call.path}"
-    if FIXED in (first, second) or first == second or _same_axes(call, a, b):
-        call.tracing.unify(call.permuted(a), call.permuted(b), reason)
-        if FIXED not in (first, second):
-            call.tracing.weaken(a, PLAIN, call.name)
-            call.tracing.weaken(b, PLAIN, call.name)
-        return FIXED if FIXED in (first, second) else call.permuted(a)
-    kept, other = (b, a) if call.tracing.is_scaled(b) else (a, b)
-    call.tracing.share_permutation(kept, other, reason)
-    return kept
+def gated(call: "Call", a: Label, b: Label) -> Label:
+    """Label the product of two factors: permuted together, scaled with both."""
+    return call.tracing.multiplied(a, b, f"multiplied by something that stays, at {call.path}")
 
 
 @rule(operator.truediv)
 @rule(torch.div)
 @rule("div")
-def _divide(call: "Call", x: Any, y: Any) -> Value:
-    if isinstance(y, Value):
-        return _multiply(call, x, call.elementwise(y, PLAIN))
-    return call.elementwise(x, LINEAR)
+def _divide(call: "Call", x: Any, y: Any, **_options: Any) -> Value:
+    if not isinstance(x, Value):
+        return call.elementwise(y, PLAIN)
+    if not isinstance(y, Value):
+        return call.elementwise(x, LINEAR)
+    # One over it is odd, as it is; scales of degree -1 are not followed.
+    return multiply(call, x, call.elementwise(y, Activation(odd=True)))
 
 
-def _same_axes(call: "Call", a: Label, b: Label) -> bool:
-    one, two = ([dim.axis for dim in call.tracing.roots(label)] for label in (a, b))
-    return bool(set(one) & set(two))
+@rule(operator.pow)
+@rule(torch.pow)
+@rule("pow")
+def _power(call: "Call", x: Any, exponent: Any) -> Value:
+    if not isinstance(x, Value) or isinstance(exponent, Value):
+        raise TypeError("a power of a tensor by a number is wanted")
+    whole = int(exponent) if float(exponent).is_integer() and exponent > 0 else None
+    if whole is None:
+        return call.elementwise(x, PLAIN)
+    return call.elementwise(x, Activation(odd=True, homogeneous=whole))
 
 
-def _aligned(x: Value, y: Value) -> list[tuple[Label, Label, int, int]]:
+@rule(operator.matmul)
+@rule(torch.matmul)
+@rule(torch.bmm)
+@rule("matmul")
+@rule("bmm")
+@rule("mm")
+def matmul(call: "Call", x: Value, y: Value) -> Value:
+    """Contract the last dimension of one tensor with the last but one of another."""
+    if min(len(x.dims), len(y.dims)) < 2:
+        raise TypeError("tensors of two dimensions or more are wanted")
+    # What the units are over comes first: each of those may have an element of its own.
+    batch = [
+        gated(call, a, b) if m == n else a if n == 1 else b
+        for a, b, m, n in aligned(
+            Value(x.shape[:-2], x.dims[:-2]), Value(y.shape[:-2], y.dims[:-2])
+        )
+    ]
+    call.contract(x.dims[-1], y.dims[-2], [*x.dims[:-1], *y.dims[:-2], y.dims[-1]])
+    return Value(call.shape, (*batch, x.dims[-2], y.dims[-1]))
+
+
+@rule(torch.addmm)
+@rule("addmm")
+def _addmm(call: "Call", bias: Value, x: Value, y: Value) -> Value:
+    return _add(call, matmul(call, x, y), bias)
+
+
+def aligned(x: Value, y: Value) -> list[tuple[Label, Label, int, int]]:
     """Dimensions of both with their sizes, from the left, after broadcasting."""
     n = max(len(x.dims), len(y.dims))
     (a, k), (b, m) = (

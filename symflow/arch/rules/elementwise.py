@@ -7,23 +7,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from symflow.arch.layout import FIXED
-from symflow.arch.rules.registry import Activation, Value, rule
+from symflow.arch.labels import FIXED
+from symflow.arch.rules.registry import LINEAR, ODD, PLAIN, RELU, Activation, Value, rule
 
 if TYPE_CHECKING:
     from symflow.arch.trace import Call
-
-LINEAR = Activation(odd=True, homogeneous=1)
-RELU = Activation(homogeneous=1)
-ODD = Activation(odd=True)
-PLAIN = Activation()
 
 for _target in (
     *(nn.ReLU, F.relu, torch.relu, torch.relu_, "relu", "relu_", nn.LeakyReLU, F.leaky_relu),
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
-    *(torch.max_pool1d, torch.max_pool2d),
+    *(torch.max_pool1d, torch.max_pool2d, "leaky_relu", "max_pool2d", torch.abs, "abs"),
 ):
     rule(_target, RELU)
 for _target in (
@@ -32,12 +27,12 @@ for _target in (
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate),
     *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad2d),
-    *(torch.neg, "neg", operator.neg),
+    *(torch.neg, "neg", operator.neg, "adaptive_avg_pool2d", "avg_pool2d", "upsample_nearest2d"),
 ):
     rule(_target, LINEAR)
 for _target in (
     *(nn.Tanh, torch.tanh, F.tanh, "tanh", torch.sin, "sin", torch.erf, "erf"),
-    *(nn.Softsign, F.softsign, nn.Tanhshrink, torch.arctan),
+    *(nn.Softsign, F.softsign, nn.Tanhshrink, torch.arctan, torch.reciprocal, "reciprocal"),
 ):
     rule(_target, ODD)
 for _target in (
@@ -45,7 +40,8 @@ for _target in (
     *(nn.Softplus, F.softplus, nn.ELU, F.elu, nn.Mish, F.mish, nn.SELU, F.selu, nn.CELU),
     *(nn.Softmax, F.softmax, "softmax", nn.LogSoftmax, F.log_softmax, "log_softmax"),
     *(nn.ReLU6, F.relu6, nn.Hardswish, F.hardswish, nn.Hardsigmoid, F.hardsigmoid),
-    *(torch.exp, "exp", torch.cos, "cos", torch.softmax, torch.log_softmax),
+    *(torch.exp, "exp", torch.cos, "cos", torch.softmax, torch.log_softmax, "gelu", "silu"),
+    *(torch.rsqrt, "rsqrt", torch.sqrt, "sqrt", "elu", "softplus", "mish", "hardswish", "silu_"),
 ):
     rule(_target, PLAIN)
 
@@ -53,7 +49,7 @@ for _target in (
 @rule(torch.square)
 @rule("square")
 def _square(call: "Call", x: Value) -> Value:
-    return call.elementwise(x, Activation(homogeneous=2))
+    return call.elementwise(x, Activation(odd=True, homogeneous=2))
 
 
 @rule(nn.Hardtanh)
@@ -83,6 +79,18 @@ def _clamp(call: "Call", x: Value, min: float | None = None, max: float | None =
 @rule(nn.Dropout3d)
 @rule(F.dropout)
 @rule("contiguous")
+@rule("dropout")
+@rule("clone")
+@rule("detach")
+@rule("detach_")
+@rule("to")
+@rule("float")
+@rule("double")
+@rule("half")
+@rule("type_as")
+@rule("_to_copy")
+@rule("lift_fresh_copy")
+@rule("alias")
 def _unchanged(call: "Call", x: Value, *_args: Any, **_options: Any) -> Value:
     return x
 
@@ -90,5 +98,5 @@ def _unchanged(call: "Call", x: Value, *_args: Any, **_options: Any) -> Value:
 @rule(nn.PReLU)
 def _prelu(call: "Call", x: Value) -> Value:
     channel = x.dims[1] if len(x.dims) > 1 and call.module.num_parameters > 1 else FIXED
-    call.label("weight", call.permuted(channel))
+    call.label("weight", call.tracing.permuted(channel))
     return call.elementwise(x, RELU)

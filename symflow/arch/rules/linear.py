@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn import functional as F
 
-from symflow.arch.layout import FIXED, Dim, Label, each
+from symflow.arch.labels import FIXED, Label
+from symflow.arch.rules.elementwise import LINEAR, PLAIN
 from symflow.arch.rules.registry import Value, rule
 
 if TYPE_CHECKING:
@@ -14,9 +15,11 @@ if TYPE_CHECKING:
 
 
 @rule(nn.Linear)
-def _linear(call: "Call", x: Value) -> Value:
+def dense(call: "Call", x: Value) -> Value:
+    """Map the last dimension by a matrix of the module."""
     out = call.new_axis(call.module.out_features)
-    leaves = [call.label("weight", out, each(Dim.dual, x.dims[-1]))]
+    call.tracing.share(x.dims[-1], list(x.dims[:-1]))
+    leaves = [call.label("weight", out, x.dims[-1].dual())]
     if call.module.bias is not None:
         leaves.append(call.label("bias", out))
     moved = x.with_dim(-1, out, call.module.out_features)
@@ -24,11 +27,16 @@ def _linear(call: "Call", x: Value) -> Value:
 
 
 @rule(F.linear)
-def _functional_linear(call: "Call", x: Value, weight: Value, bias: Value | None = None) -> Value:
-    call.contract(x.dims[-1], weight.dims[1])
+@rule("linear")
+def linear(call: "Call", x: Value, weight: Value, bias: Value | None = None) -> Value:
+    """Map the last dimension by a matrix that is a value too."""
+    call.contract(x.dims[-1], weight.dims[1], list(x.dims[:-1]))
+    out = weight.dims[0]
+    made_by = weight.made_by
     if bias is not None:
-        call.tracing.unify(weight.dims[0], bias.dims[0], f"added at {call.path}")
-    return x.with_dim(-1, weight.dims[0], weight.shape[0])
+        out = call.tracing.unify(out, bias.dims[0], f"added at {call.path}")
+        made_by += bias.made_by
+    return replace(x.with_dim(-1, out, weight.shape[0]), made_by=made_by)
 
 
 @rule(nn.Conv1d)
@@ -41,16 +49,45 @@ def _convolution(call: "Call", x: Value) -> Value:
     conv = call.module
     spatial = (FIXED,) * len(conv.kernel_size)
     channel = len(x.dims) - len(spatial) - 1
-    before = x.dims[channel]
-    if conv.groups == 1:
-        out = call.new_axis(conv.out_channels)
-        ends = (each(Dim.dual, before), out) if conv.transposed else (out, each(Dim.dual, before))
-        call.label("weight", *ends, *spatial)
-    else:
-        out = _channelwise(call, before)
-        call.label("weight", call.permuted(out), FIXED, *spatial)
+    before, out, ends = _channels(
+        call, x.dims[channel], conv.groups, conv.in_channels, conv.out_channels, conv.transposed
+    )
+    call.label("weight", *ends, *spatial)
     if conv.bias is not None:
         call.label("bias", out)
+    return _convolved(call, x, channel, out)
+
+
+@rule(F.conv1d)
+@rule(F.conv2d)
+@rule(F.conv3d)
+@rule("conv1d")
+@rule("conv2d")
+@rule("conv3d")
+def _functional_convolution(
+    call: "Call",
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Value:
+    channel = len(x.dims) - len(weight.dims) + 1
+    _, out, ends = _channels(
+        call, x.dims[channel], groups, x.shape[channel], weight.shape[0], False
+    )
+    for own, wanted in zip(weight.dims, ends, strict=False):
+        call.tracing.unify(own, wanted, f"grouped at {call.path}")
+    for own in weight.dims[2:]:
+        call.tracing.fix(own, f"positions of a kernel, at {call.path}")
+    if bias is not None:
+        out = call.tracing.unify(out, bias.dims[0], f"added at {call.path}")
+    return _convolved(call, x, channel, call.tracing.resolve(out))
+
+
+def _convolved(call: "Call", x: Value, channel: int, out: Label) -> Value:
     dims: list[Label] = [FIXED] * len(x.dims)
     dims[channel] = out
     for k, dim in enumerate(x.dims):
@@ -59,13 +96,29 @@ def _convolution(call: "Call", x: Value) -> Value:
     return Value(call.shape, tuple(dims))
 
 
-def _channelwise(call: "Call", before: Label) -> Label:
-    """Label the outputs of a grouped convolution: the units of ``before``, each with a multiple."""
-    conv = call.module
-    if conv.groups != conv.in_channels or not isinstance(before, Dim) or before == FIXED:
-        call.tracing.fix(before, f"split into {conv.groups} groups by {call.path}")
-        return FIXED
-    return replace(before, inner=before.inner * (conv.out_channels // conv.in_channels))
+def _channels(
+    call: "Call", before: Label, groups: int, size: int, made: int, transposed: bool
+) -> tuple[Label, Label, tuple[Label, Label]]:
+    """Label what comes in, what goes out, and the first two dimensions of the kernel.
+
+    In a grouped convolution each group of channels sees only its own: groups are permuted together
+    with all that is in them, and channels within each group.
+    """
+    if groups == 1:
+        out = call.new_axis(made)
+        ends = (before.dual(), out) if transposed else (out, before.dual())
+        return before, out, ends
+    out = call.new_axis(made)
+    incoming = call.tracing.split(before, (groups, size // groups))
+    outgoing = call.tracing.split(out, (groups, made // groups))
+    reason = f"cut into {groups} groups of channels at {call.path}"
+    if incoming is None or outgoing is None:
+        call.tracing.fix(before, reason)
+        call.tracing.fix(out, reason)
+        return FIXED, FIXED, (FIXED, FIXED)
+    call.tracing.share_permutation(outgoing[0], incoming[0], reason)
+    kernel = call.tracing.scaled(out, incoming[0].dual())
+    return before, out, (kernel, incoming[1].dual())
 
 
 @rule(nn.Embedding)
@@ -75,11 +128,23 @@ def _embedding(call: "Call", indices: Value) -> Value:
     return Value(call.shape, (*(FIXED,) * (len(call.shape) - 1), out))
 
 
+@rule(F.embedding)
+def _functional_embedding(
+    call: "Call", indices: Value, weight: Value, *_args: Any, **_options: Any
+) -> Value:
+    call.tracing.fix(weight.dims[0], f"looked up by its number at {call.path}")
+    return Value(call.shape, (*(FIXED,) * (len(call.shape) - 1), weight.dims[1]))
+
+
+@rule("embedding")
+def _aten_embedding(call: "Call", weight: Value, indices: Value, *_args: Any) -> Value:
+    return _functional_embedding(call, indices, weight)
+
+
 @rule(F.pad)
 def _pad(call: "Call", x: Value, pad: Any, mode: str = "constant", value: Any = None) -> Value:
-    from symflow.arch.rules.elementwise import LINEAR, PLAIN
-
     for k, (dim, before, after) in enumerate(zip(x.dims, x.shape, call.shape, strict=True)):
         if before != after:
             call.tracing.fix(dim, f"dimension {k} is padded at {call.path}")
     return call.elementwise(x, PLAIN if value else LINEAR)
+

@@ -1,13 +1,11 @@
 """Recurrent layers: one permutation acts on all gates of a unit."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from symflow.arch.layout import FIXED, Dim, each
+from symflow.arch.labels import FIXED, Label, label_of
 from symflow.arch.rules.registry import Activation, Value, rule
-from symflow.arch.tracing import concatenated
 from symflow.errors import UnsupportedModuleError
 
 if TYPE_CHECKING:
@@ -43,21 +41,22 @@ def _run(call: "Call", x: Value, state: Any, candidates: tuple[int, ...]) -> Any
     directions = 1 + layer.bidirectional
     relu = layer.mode == "RNN_RELU"
     through = Activation(odd=not relu, homogeneous=1 if relu else None)
-    before, units = x.dims[-1], list[Dim]()
+    before, units = x.dims[-1], list[Label]()
     for k in range(layer.num_layers):
-        outs: list[Dim] = []
+        outs: list[Label] = []
         for suffix in ("", "_reverse")[:directions]:
             unit = call.new_axis(width)
             call.tracing.weaken(unit, through, layer.mode.lower())
             if state is not None:
                 call.tracing.fix(unit, f"started from a state that stays, at {call.path}")
-            gates = concatenated([(replace(unit, degree=odd), width) for odd in candidates])
-            call.label(f"weight_ih_l{k}{suffix}", gates, each(Dim.dual, before))
+            plain = call.tracing.permuted(unit)
+            gates = label_of([(unit if odd else plain).parts[0] for odd in candidates])
+            call.label(f"weight_ih_l{k}{suffix}", gates, before.dual())
             call.label(f"weight_hh_l{k}{suffix}", gates, unit.dual())
             for bias in ("ih", "hh") if layer.bias else ():
                 call.label(f"bias_{bias}_l{k}{suffix}", gates)
             outs.append(unit)
-        before = concatenated([(unit, width) for unit in outs])
+        before = label_of([unit.parts[0] for unit in outs])
         units += outs
     middle = (FIXED,) * (len(x.dims) - 1)
     output = Value((*x.shape[:-1], width * directions), (*middle, before))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from symflow.arch.layout import Label
+from symflow.arch.labels import Label
 from symflow.errors import UnsupportedModuleError
 
 
@@ -24,7 +24,7 @@ class Activation:
     Attributes
     ----------
     odd
-        sigma(-z) = -sigma(z): sign flips pass through.
+        sigma(-z) = -sigma(z), or (-1)^k sigma(z) if homogeneous of degree k: sign flips pass through.
     homogeneous
         The k with sigma(s z) = s^k sigma(z) for all s > 0, or None: positive scales pass through.
 
@@ -38,6 +38,11 @@ class Activation:
 
     odd: bool = False
     homogeneous: int | None = None
+
+    @property
+    def linear(self) -> bool:
+        """Whether it multiplies by a constant: all that is odd and homogeneous of degree one."""
+        return self.odd and self.homogeneous == 1
 
     def __str__(self) -> str:
         kinds = ["permutations"]
@@ -62,14 +67,14 @@ class Value:
     shape
         Its shape on the example inputs.
     dims
-        One :class:`Dim` for each dimension; the first one is the batch and always fixed.
+        One label for each dimension; the first one is the batch and always fixed.
     made_by
         Leaves of the linear map whose result this is, if nothing has happened to it since.
 
     Examples
     --------
-    >>> from symflow.arch import FIXED, Dim
-    >>> Value((8, 3), (FIXED, Dim("h1", 1))).with_dim(-1, Dim("h2", 1), 5).shape
+    >>> from symflow.arch import FIXED
+    >>> Value((8, 3), (FIXED, FIXED)).with_dim(-1, FIXED, 5).shape
     (8, 5)
     """
 
@@ -141,6 +146,8 @@ def find_rule(target: Any) -> Activation | Callable[..., Value] | None:
     """
     if isinstance(target, type):
         return next((_RULES[c] for c in target.__mro__ if c in _RULES), None)
+    if isinstance(target, torch._ops.OpOverload):  # as torch.export writes them
+        return _RULES.get(target.overloadpacket.__name__)
     return _RULES.get(target)
 
 

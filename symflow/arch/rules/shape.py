@@ -2,16 +2,14 @@
 
 import math
 import operator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from symflow.arch.layout import FIXED, Dim, Label, Segments
+from symflow.arch.labels import FIXED, Atom, Label, label_of
 from symflow.arch.rules.elementwise import PLAIN
 from symflow.arch.rules.registry import Value, rule
-from symflow.arch.tracing import concatenated
 from symflow.errors import UnsupportedModuleError
 
 if TYPE_CHECKING:
@@ -28,6 +26,7 @@ def _flatten_module(call: "Call", x: Value) -> Value:
 @rule("flatten")
 @rule("unflatten")
 @rule("view")
+@rule("_unsafe_view")
 @rule("reshape")
 @rule(torch.reshape)
 def _reshape(call: "Call", x: Value, *_shape: Any, **_options: Any) -> Value:
@@ -39,13 +38,18 @@ def _regroup(call: "Call", x: Value) -> Value:
     dims: list[Label] = []
     for old, new in _groups(x.shape, call.shape):
         labels = [x.dims[k] for k in old]
-        sizes = [call.shape[k] for k in new]
+        sizes = tuple(call.shape[k] for k in new)
         if len(old) == len(new) == 1:
             dims += labels
-        elif len(new) == 1:
-            dims.append(_merged(call, labels, [x.shape[k] for k in old]))
-        else:
-            dims += _unmerged(call, labels, sizes)
+            continue
+        if not new:  # dimensions of size one that are gone
+            continue
+        merged = _merged(call, labels, [x.shape[k] for k in old])
+        pieces = [merged] if len(new) == 1 else call.tracing.split(merged, sizes)
+        if pieces is None:
+            call.tracing.fix(merged, f"reshaped to {sizes} at {call.path}")
+            pieces = [FIXED] * len(sizes)
+        dims += pieces
     made_by = x.made_by if call.shape == x.shape else ()
     return Value(call.shape, tuple(dims), made_by)
 
@@ -72,38 +76,44 @@ def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int],
 
 
 def _merged(call: "Call", labels: list[Label], sizes: list[int]) -> Label:
-    """Label several dimensions as one; an axis among them is repeated."""
-    moving = [k for k, label in enumerate(labels) if label != FIXED]
-    if len(moving) > 1:
-        for k in moving:
-            call.tracing.fix(labels[k], f"flattened together with another axis at {call.path}")
-    if len(moving) != 1:
-        return FIXED
-    k = moving[0]
-    before, behind = math.prod(sizes[:k]), math.prod(sizes[k + 1 :])
-    label = call.tracing.resolve(labels[k])
-    if isinstance(label, Segments):
-        parts = [(replace(d, inner=d.inner * behind), n * behind) for d, n in label.parts]
-        return concatenated([(d if d.axis else FIXED, n) for d, n in parts] * before)
-    return replace(label, outer=before * label.outer, inner=label.inner * behind)
+    """Label several dimensions as one, the last of which runs fastest."""
+    found: list[tuple[Atom, ...]] = [()]
+    for label, size in zip(map(call.tracing.resolve, labels), sizes, strict=True):
+        parts = label.parts or ((Atom(size),),)
+        if len(parts) == 1:
+            found = [(*before, *parts[0]) for before in found]
+            continue
+        before = Label(tuple(found))
+        call.tracing.fix(before, f"flattened together with a concatenation at {call.path}")
+        times = before.size if found != [()] else 1
+        found = list(parts) * times
+    return call.tracing.resolve(label_of(found))
 
 
-def _unmerged(call: "Call", labels: list[Label], sizes: list[int]) -> list[Label]:
-    """Label one dimension (or several) as several: what a flatten merged comes apart again."""
-    found: list[Label] = [FIXED] * len(sizes)
-    label = call.tracing.resolve(labels[0]) if len(labels) == 1 else FIXED
-    if isinstance(label, Dim) and label.axis is not None:
-        units = call.tracing.axes[label.axis].size
-        for k, size in enumerate(sizes):
-            before, behind = math.prod(sizes[:k]), math.prod(sizes[k + 1 :])
-            # The units are one of the new dimensions, or (still repeated) part of one.
-            outer, inner = label.outer // before, label.inner // behind
-            if size == outer * units * inner and before * outer == label.outer:
-                found[k] = replace(label, outer=outer, inner=inner)
-                return found
-    for one in labels:
-        call.tracing.fix(one, f"reshaped to {tuple(sizes)} at {call.path}")
-    return found
+@rule("expand")
+@rule("expand_as")
+def _expand(call: "Call", x: Value, *_sizes: Any, **_options: Any) -> Value:
+    new = len(call.shape) - len(x.dims)
+    dims: list[Label] = []
+    for k, size in enumerate(call.shape):
+        before = x.shape[k - new] if k >= new else 1
+        if before != size:
+            dims.append(Label(((Atom(size, copied=True),),)))
+        else:
+            dims.append(x.dims[k - new] if k >= new else FIXED)
+    return Value(call.shape, tuple(dims))
+
+
+@rule(torch.repeat_interleave)
+@rule("repeat_interleave")
+def _repeat(call: "Call", x: Value, repeats: Any, dim: Any = None, **_options: Any) -> Value:
+    if not isinstance(repeats, int) or dim is None:
+        raise UnsupportedModuleError(
+            f"{call.path!r}: repeat_interleave wants a number and a dimension"
+        )
+    before = call.tracing.resolve(x.dims[dim]).parts or ((Atom(x.shape[dim]),),)
+    label = label_of([(*part, Atom(repeats, copied=True)) for part in before])
+    return x.with_dim(dim, label, call.shape[dim])
 
 
 @rule(operator.getitem)
@@ -153,6 +163,7 @@ def _chunk(call: "Call", x: Value, chunks: int, dim: int = 0) -> tuple[Value, ..
 
 
 @rule("split")
+@rule("split_with_sizes")
 @rule(torch.split)
 def _split(call: "Call", x: Value, split_size: Any, dim: int = 0) -> tuple[Value, ...]:
     n = x.shape[dim]
@@ -182,8 +193,29 @@ def _transpose(call: "Call", x: Value, dim0: int, dim1: int) -> Value:
     return Value(call.shape, tuple(dims))
 
 
+@rule("select")
+def _select(call: "Call", x: Value, dim: int, index: int) -> Value:
+    at = dim % len(x.dims)
+    call.tracing.fix(x.dims[at], f"single units are read at {call.path}")
+    return Value(call.shape, (*x.dims[:at], *x.dims[at + 1 :]))
+
+
+@rule("slice")
+def _slice(
+    call: "Call",
+    x: Value,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Value:
+    label = _sliced(call, x.dims[dim], x.shape[dim], slice(start, end, step))
+    return x.with_dim(dim, label, call.shape[dim])
+
+
 @rule("t")
 @rule(torch.t)
+@rule("numpy_T")
 def _t(call: "Call", x: Value) -> Value:
     return Value(call.shape, x.dims[::-1])
 
@@ -210,11 +242,17 @@ def _squeeze(call: "Call", x: Value, dim: int | None = None) -> Value:
 @rule(torch.mean)
 @rule("sum")
 @rule(torch.sum)
-def _reduce(call: "Call", x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+@rule("amax")
+@rule("var")
+@rule("std")
+def _reduce(
+    call: "Call", x: Value, dim: Any = None, keepdim: bool = False, **_options: Any
+) -> Value:
     every = range(len(x.dims)) if dim is None else (dim,) if isinstance(dim, int) else dim
     gone = [k % len(x.dims) for k in every]
     for k in gone:  # a sum over units does not see their order, but each one's sign and scale
         call.tracing.weaken(x.dims[k], PLAIN, call.name)
+        call.tracing.share(x.dims[k], [dim for j, dim in enumerate(x.dims) if j not in gone])
     if keepdim:
         dims = tuple(FIXED if k in gone else d for k, d in enumerate(x.dims))
     else:
@@ -224,15 +262,19 @@ def _reduce(call: "Call", x: Value, dim: Any = None, keepdim: bool = False) -> V
 
 @rule(torch.cat)
 @rule(torch.concat)
+@rule("cat")
 def _concatenate(call: "Call", tensors: Any, dim: int = 0) -> Value:
+    tensors = [x for x in tensors if math.prod(x.shape) or len(x.dims) > 1]  # torch skips (0,)
     first, *others = tensors
     at = dim % len(first.dims)
+    dims = list(first.dims)
     for other in others:
-        for k, (a, b) in enumerate(zip(first.dims, other.dims, strict=True)):
+        for k, label in enumerate(other.dims):
             if k != at:
-                call.tracing.unify(a, b, f"concatenated with something that stays, at {call.path}")
-    parts: list[tuple[Dim, int]] = []
+                reason = f"concatenated with something that stays, at {call.path}"
+                dims[k] = call.tracing.unify(dims[k], label, reason)
+    parts: list[tuple[Atom, ...]] = []
     for x in tensors:
-        found = call.tracing.resolve(x.dims[at])
-        parts += found.parts if isinstance(found, Segments) else [(found, x.shape[at])]
-    return Value(call.shape, (*first.dims[:at], concatenated(parts), *first.dims[at + 1 :]))
+        parts += call.tracing.resolve(x.dims[at]).parts or ((Atom(x.shape[at]),),)
+    dims[at] = label_of(parts)
+    return Value(call.shape, tuple(dims))

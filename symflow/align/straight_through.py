@@ -1,0 +1,80 @@
+"""Straight-through estimation: gradient descent on weights, evaluated at their matching."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from symflow.align import hull
+from symflow.align.base import Found, PairedAligner, Status, objective
+from symflow.align.costs import where
+from symflow.align.sinkhorn import Loss, evaluate
+from symflow.align.weight_matching import WeightMatching
+from symflow.arch import Symmetry
+
+
+@final
+@dataclass(frozen=True)
+class StraightThrough(PairedAligner):
+    """Seek the element for which a loss in the middle of both networks is least.
+
+    A copy of the first network's weights is trained. In the forward pass it is projected on the
+    second network's orbit by weight matching; the gradient of the loss at the midpoint goes back to
+    the copy as if nothing had been projected (Ainsworth et al., 2023; Bengio et al., 2013). The
+    element with the least loss is kept.
+
+    Parameters
+    ----------
+    loss
+        Takes weights (N, D), gives (N,), differentiable, and does not change along orbits: the loss
+        of the networks on data, say.
+    steps, learning_rate
+        Of gradient descent with Adam; rates are relative to the root mean square of the weights.
+
+    Notes
+    -----
+    The first step is weight matching itself, so the loss is never greater than there. The inner
+    product is reported but not maximised.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> arch, generator = symflow.mlp([3, 8, 2], "gelu"), torch.Generator().manual_seed(0)
+    >>> w, x = torch.randn(2, arch.dimension, generator=generator), torch.eye(3)
+    >>> aligner = StraightThrough(lambda w: arch.apply(w, x).square().sum((1, 2)), steps=5)
+    >>> aligner(arch.symmetry, w[0], w[1]).losses.shape
+    torch.Size([5])
+    """
+
+    loss: Loss
+    steps: int = 40
+    learning_rate: float = 0.05
+
+    def search(
+        self, symmetry: Symmetry, w0: Float[Tensor, "N D"], w1: Float[Tensor, "N D"]
+    ) -> Found:
+        """Match, take a step, match again from there; O(steps) of weight matching and the loss."""
+        element = WeightMatching()(symmetry, w0, w1).element
+        kept, least = element, w1.new_full((len(w1),), torch.inf)
+        size = w0.square().mean(1, keepdim=True).sqrt()
+        drift, losses = torch.zeros_like(w0), []
+        with torch.enable_grad():
+            drift.requires_grad_()
+            adam = torch.optim.Adam([drift], self.learning_rate)
+            for k in range(max(self.steps, 1)):
+                copy = w0 + size * drift
+                if k > 0:
+                    element = hull.polish(symmetry, copy.detach(), w1, element).element
+                projected = copy + (symmetry.act(element, w1) - copy.detach())
+                loss = evaluate(self.loss, (w0 + projected) / 2)
+                losses.append(loss.detach())
+                falls = losses[-1] < least
+                kept = {name: where(falls, g, kept[name]) for name, g in element.items()}
+                least = torch.where(falls, losses[-1], least)
+                adam.zero_grad()
+                loss.sum().backward()
+                adam.step()
+        reached = objective(symmetry, w0, symmetry.act(kept, w1))
+        return Found(kept, reached[None], Status.NOT_POLISHED, torch.stack(losses))

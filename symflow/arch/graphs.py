@@ -1,0 +1,135 @@
+"""The graph of a module: by torch.fx where it can, else by torch.export."""
+
+import traceback
+import warnings
+from typing import Any, final
+
+import torch
+from torch import Tensor, fx, nn
+
+from symflow.arch.rules import find_rule
+from symflow.arch.running import tensors_of
+from symflow.errors import UnsupportedModuleError
+
+# In front of the names of parameters in graphs that torch.export makes.
+WRAPPED = "wrapped."
+
+
+def graph_of(module: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
+    """Return the graph of a module in evaluation mode.
+
+    torch.fx keeps modules that have a rule as they are, but stumbles over control flow;
+    torch.export follows that on the example inputs, and knows ATen operations only.
+
+    Raises
+    ------
+    UnsupportedModuleError
+        If neither of them can; it names the line.
+    """
+    if find_rule(type(module)) is not None:
+        # torch.fx would trace the inside of a root; a lone layer must be seen as one.
+        raise UnsupportedModuleError(
+            f"{type(module).__name__} is a single layer: wrap it, as in nn.Sequential(layer)"
+        )
+    try:
+        return fx.GraphModule(module, _Tracer().trace(module))
+    except Exception as error:
+        try:
+            return _exported(module, inputs)
+        except Exception as second:
+            place = _place(error)
+            raise UnsupportedModuleError(
+                f"torch.fx cannot trace {type(module).__name__}: {error} (at {place}); neither can "
+                f"torch.export: {str(second).partition(chr(10))[0]} (at {_place(second)}). Move "
+                "what they cannot trace into a submodule and register a rule for that with "
+                "symflow.arch.rule"
+            ) from error
+
+
+def _place(error: Exception) -> str:
+    """Return the last line of the module's own code that an error went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "torch/" not in f.filename.replace("\\", "/")]
+    own = [f for f in own if f.filename != __file__] or own
+    frame = own[-1] if own else frames[-1]
+    return f"{frame.filename}:{frame.lineno}: {frame.line}"
+
+
+class _Tracer(fx.Tracer):
+    """Stops at every module that has a rule, and at PyTorch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if find_rule(type(m)) is not None:
+            return True
+        return fx.Tracer.is_leaf_module(self, m, module_qualified_name)
+
+
+@final
+class _Tensors(nn.Module):
+    """A module that returns tensors alone, whatever structure the wrapped one returns."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(tensors_of(self.wrapped(*inputs)))
+
+
+def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(_Tensors(module).eval(), inputs, strict=False)
+        graph = exported.module(check_guards=False)
+    if not isinstance(graph, fx.GraphModule):
+        raise TypeError(f"torch.export returned a {type(graph).__name__}")
+    return graph
+
+
+def rotary_pairs(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], set[fx.Node]]:
+    """Find rotary embeddings, ``x cos + rotate_half(x) sin`` (Su et al., 2021).
+
+    Returns
+    -------
+    dict
+        From the node of each result to that of its ``x``.
+    set
+        The nodes in between.
+    """
+    results: dict[fx.Node, fx.Node] = {}
+    between: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _name(node) not in ("add", "add_") or len(node.args) < 2:
+            continue
+        for plain, turned in (node.args[:2], node.args[1::-1]):
+            found = _rotated(plain, turned)
+            if found is not None:
+                results[node] = found[0]
+                between |= found[1]
+    return results, between
+
+
+def _rotated(plain: Any, turned: Any) -> tuple[fx.Node, set[fx.Node]] | None:
+    if _name(plain) != "mul" or _name(turned) != "mul":
+        return None
+    for half in turned.args[:2]:
+        if _name(half) not in ("cat", "concat") or len(half.args[0]) != 2:
+            continue
+        negated, first = half.args[0]
+        if _name(negated) != "neg" or not isinstance(negated.args[0], fx.Node):
+            continue
+        second = negated.args[0]
+        cut = ("slice", "getitem")
+        if _name(second) in cut and _name(first) in cut and second.args[0] is first.args[0]:
+            x = first.args[0]
+            if x in plain.args[:2]:
+                return x, {plain, turned, half, negated, first, second}
+    return None
+
+
+def _name(node: Any) -> str:
+    """Return what an operation is called, without its overload."""
+    if not isinstance(node, fx.Node):
+        return ""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return packet if isinstance(packet, str) else getattr(packet, "__name__", "")
