@@ -11,6 +11,7 @@ from symflow.arch import Symmetry
 from symflow.groups import (
     CompactGroup,
     DiagonalGroup,
+    GeneralLinear,
     Permutation,
     PositiveScale,
     Sign,
@@ -108,6 +109,8 @@ GROUPS = {
     "balance again": twin(PositiveScale, 3, balance=balance_times(2)),
     "balance anywhere": twin(PositiveScale, 3, balance=no_balance),
     "residual": twin(PositiveScale, 3, residual=property(lambda self: Trivial(4))),
+    "stretch": twin(PositiveScale, 3, noncompact=lambda self, g: 2 * g),
+    "factors": twin(GeneralLinear, 2, balance_factors=lambda self, up, down: (up, down)),
 }
 
 

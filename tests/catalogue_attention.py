@@ -76,9 +76,7 @@ class Block(nn.Module):
 
 def transformer(attention: Callable[[], nn.Module]) -> nn.Module:
     """Return a small pre-norm transformer."""
-    return nn.Sequential(
-        nn.Linear(3, 8), Block(attention()), nn.LayerNorm(8), nn.Linear(8, 2)
-    )
+    return nn.Sequential(nn.Linear(3, 8), Block(attention()), nn.LayerNorm(8), nn.Linear(8, 2))
 
 
 class VisionTransformer(nn.Module):
@@ -194,9 +192,10 @@ ATTENTION: tuple[tuple[str, Callable[[], nn.Module], tuple[Any, ...], tuple[str,
     ("low-rank factors", LowRank, (torch.zeros(2, 6),), ("5 perm scale", "2 linear")),
     (
         "linear network",
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 2)),
-        (torch.zeros(2, 3),),
-        ("4 linear", "5 linear"),
+        lambda: nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3), nn.Linear(3, 4), nn.Linear(4, 2)),
+        (torch.zeros(2, 5),),
+        # Four units have no point of least norm under all maps where only two rows read them.
+        ("3 linear", "3 linear", "4 perm sign scale"),
     ),
     (
         "residual MLP, RMSNorm without gain",

@@ -55,6 +55,7 @@ PERM, SIGN, SCALE = "Permutation(size=4)", " @ Sign(size=4)", " @ PositiveScale(
         (torch.relu_, PERM + SCALE),
         (lambda x: torch.softmax(x, -1), PERM),
         (lambda x: 2 * x + 1, PERM),
+        (lambda x: x**3, PERM + SIGN + SCALE),
         (lambda x: -x / 3, PERM + SIGN + SCALE),
     ],
 )

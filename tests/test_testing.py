@@ -26,7 +26,7 @@ from hypothesis import Phase, find, settings
 
 import symflow
 from symflow.align import WeightMatching
-from symflow.groups import DiagonalGroup, Group, Permutation, PositiveScale, Sign
+from symflow.groups import DiagonalGroup, GeneralLinear, Group, Permutation, PositiveScale, Sign
 from symflow.sections import FlatSection, Section
 from symflow.testing import (
     aligner_laws,
@@ -84,7 +84,7 @@ def test_broken_groups_are_caught(name):
 
 
 def test_every_law_of_groups_has_a_twin():
-    names = {law.name for cls in (Sign, PositiveScale) for law in laws(cls)}
+    names = {law.name for cls in (Sign, PositiveScale, GeneralLinear) for law in laws(cls)}
     assert names == set(GROUPS)
 
 

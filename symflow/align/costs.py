@@ -9,9 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.arch import Axis, Element, Leaf, Symmetry
-from symflow.groups import CompactGroup, Group, map_element, monomial
+from symflow.groups import CompactGroup, Group, PermutingGroup, map_element, monomial
 
 Costs = dict[int, Tensor]
+
+# Leaves up to this size are kept a second time, in the order in which they are multiplied.
+_SMALL = 2**17
 
 
 @final
@@ -50,7 +53,8 @@ class Contraction:
     -----
     ``costs(axis, element)`` is C with C_ij = <unit i of w0, unit j of w1>, summed over all leaves
     that carry the axis, the other axes of w1 already moved: O(n x weights on the axis). Leaves that
-    no other axis touches are contracted once.
+    no other axis touches are contracted once, and the others again only where one of their other
+    axes has moved since: a product no larger than its leaf is kept, with the elements in it.
 
     An axis with others over it (heads, with the units in each) is solved together with these: the
     cost of a pair of its units is the best that their elements can do on it.
@@ -71,13 +75,23 @@ class Contraction:
                     self.places[dim.axis].append(Place(leaf, k))
         self._rows_left: dict[tuple[str, int], Tensor] = {}
         self._constant: dict[str, Costs] = {}
-        self._every = torch.arange(max((len(x) for x in self._right.values()), default=0))
+        self._kept: dict[tuple[str, int], tuple[Element, Tensor]] = {}
+        self._every = torch.arange(w1.shape[:-1].numel())
+        self._neighbours = {
+            name: {other for place in places for other in place.others} - {name}
+            for name, places in self.places.items()
+        }
+
+    @property
+    def pairs(self) -> int:
+        """Number N of pairs."""
+        return len(self._every)
 
     # ---------------------------------------------------------------- what depends on what
 
     def neighbours(self, axis: str) -> set[str]:
         """Return the axes that share a leaf with this one."""
-        return {other for place in self.places[axis] for other in place.others} - {axis}
+        return self._neighbours[axis]
 
     def is_linear(self, axis: str) -> bool:
         """Whether the objective is linear in the axis' element: it occurs once in each leaf."""
@@ -90,9 +104,7 @@ class Contraction:
         """
         over = self.symmetry.over(axis)
         names = {a.name for a in over}
-        return tuple(
-            a for a in over if any(not names & set(p.others) for p in self.places[a.name])
-        )
+        return tuple(a for a in over if any(not names & set(p.others) for p in self.places[a.name]))
 
     # ---------------------------------------------------------------- one step
 
@@ -132,9 +144,9 @@ class Contraction:
         names = {a.name for a in inner}
         usable = [p for p in self.places[axis] if known is None or _ready(p, known, names)]
         plain = [p for p in usable if not names & set(p.others)]
-        costs = self._costs(axis, plain, element, rows, weights, constant=known is None)
+        costs = self._costs(axis, plain, element, rows, weights)
         if not inner:
-            return {axis: oracle(found.group).nearest_by_degree(costs)} if costs else {}
+            return {axis: nearest(found.group, costs)} if costs else {}
         blocks = {a.name: self._blocks(a, usable, element, rows) for a in inner}
         for a in inner:
             if blocks[a.name]:
@@ -153,7 +165,7 @@ class Contraction:
 
     def costs(self, axis: str, element: Element, rows: Tensor) -> Costs:
         """Return C (N, n, n) by degree for the networks ``rows`` of the batch."""
-        return self._costs(axis, self.places[axis], element, rows, None, constant=True)
+        return self._costs(axis, self.places[axis], element, rows, None)
 
     def gain(self, axis: str, costs: Costs, new: Any, old: Any) -> Float[Tensor, " N"]:
         """Return by how much the (linear) objective rises from one element of an axis to another.
@@ -163,6 +175,25 @@ class Contraction:
         group = self.symmetry[axis].group
         return inner_product(group, costs, new) - inner_product(group, costs, old)
 
+    def value(self, names: set[str], element: Element, rows: Tensor) -> Float[Tensor, " N"]:
+        """Return the inner product of the leaves that run over one of these axes."""
+        total = torch.zeros(())
+        for leaf in {p.leaf.name: p.leaf for k in names for p in self.places[k]}.values():
+            moved = self._act(element, leaf, self._right[leaf.name], rows)
+            left = self._take(self._left[leaf.name], rows)
+            total = total + (left * moved).flatten(1).sum(1)
+        return total
+
+    def moved(self, element: Element, w1: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """Return the networks where the element takes them: one network leaf by leaf, in O(D)."""
+        if len(w1) != 1:
+            return self.symmetry.act(element, w1)
+        found = torch.empty_like(w1)
+        for leaf in self.symmetry.leaves:
+            x = w1[:, leaf.span].reshape(1, *leaf.shape)
+            found[:, leaf.span] = self._act(element, leaf, x, self._every).reshape(1, -1)
+        return found
+
     def _costs(
         self,
         axis: str,
@@ -170,33 +201,66 @@ class Contraction:
         element: Element,
         rows: Tensor,
         weights: Mapping[str, Tensor] | None,
-        *,
-        constant: bool,
     ) -> Costs:
-        if not constant:
-            return self._sum(places, element, rows, weights)
-        if axis not in self._constant:
-            fixed = [p for p in places if not p.others]
-            self._constant[axis] = self._sum(fixed, element, self._every, None)
-        whole = len(rows) == len(self._every)
-        total = {p: c if whole else c[rows] for p, c in self._constant[axis].items()}
-        return _add(total, self._sum([p for p in places if p.others], element, rows, None))
+        # Where every degree acts alike there is one matrix, whatever the degrees.
+        alike = isinstance(self.symmetry[axis].group, PermutingGroup)
+        total = self._fixed(axis, [p for p in places if not p.others], weights, alike)
+        total = {degree: self._take(c, rows) for degree, c in total.items()}
+        for place in places:
+            if place.others:
+                c = {1 if alike else place.degree: self._product(place, element, rows)}
+                total = _add(total, c)
+        return total
 
-    def _sum(
-        self,
-        places: list[Place],
-        element: Element,
-        rows: Tensor,
-        weights: Mapping[str, Tensor] | None,
+    def _fixed(
+        self, axis: str, places: list[Place], weights: Mapping[str, Tensor] | None, alike: bool
     ) -> Costs:
+        """Contract the leaves that no other axis touches; but for weights, which vary, once."""
+        if weights is None and axis in self._constant:
+            return self._constant[axis]
         total: Costs = {}
         for place in places:
-            left = self._left_rows(place, rows)
-            right = _rows(self._moved(place, element, rows), place.dim)
-            if weights is not None and place.leaf.name in weights:
+            left = self._left_rows(place, self._every)
+            if weights is not None:
                 left = left * weights[place.leaf.name].to(left)
-            total = _add(total, {place.degree: left @ right.mT})
+            right = _rows(self._right[place.leaf.name], place.dim)
+            degree = 1 if alike else place.degree
+            if degree in total:
+                left = left.expand(len(right), -1, -1)
+                total[degree] = total[degree].baddbmm_(left, right.mT)
+            else:
+                total[degree] = left @ right.mT
+        if weights is None:
+            self._constant[axis] = total
         return total
+
+    def _product(self, place: Place, element: Element, rows: Tensor) -> Tensor:
+        """Contract a leaf over all its dimensions but one: only where other axes have moved."""
+        key = place.leaf.name, place.dim
+        now = {name: element[name] for name in dict.fromkeys(place.others)}
+        if key not in self._kept:
+            c = self._multiply(place, element, rows)
+            if len(rows) == len(self._every) and c[0].numel() <= place.leaf.size:
+                self._kept[key] = now, c
+            return c
+        before, c = self._kept[key]
+        todo = rows[_differ(before, now, len(self._every))[rows]]
+        if len(todo) == len(self._every):
+            c = self._multiply(place, element, todo)
+        elif len(todo):
+
+            def fresh(old: Tensor, new: Tensor) -> Tensor:
+                return old.index_copy(0, todo, new[todo])
+
+            c = c.index_copy(0, todo, self._multiply(place, element, todo))
+            now = {name: map_element(fresh, before[name], now[name]) for name in now}
+        else:
+            return self._take(c, rows)
+        self._kept[key] = now, c
+        return self._take(c, rows)
+
+    def _multiply(self, place: Place, element: Element, rows: Tensor) -> Tensor:
+        return self._left_rows(place, rows) @ _rows(self._moved(place, element, rows), place.dim).mT
 
     def _best_over(
         self, axis: Axis, element: Element, rows: Tensor, known: set[str] | None
@@ -206,7 +270,7 @@ class Contraction:
             if known is not None and not set(place.others) <= known:
                 continue
             left = _units(self._left[place.leaf.name], place, flat=False)
-            left = left if len(left) == 1 else left[rows]
+            left = self._take(left, rows)
             right = _units(self._moved(place, element, rows), place, flat=False)
             costs = _add(costs, {place.degree: left @ right.mT})
         if not costs:
@@ -228,7 +292,7 @@ class Contraction:
                 continue
             n, m = self.symmetry[axis.over or ""].size, axis.size
             left = _units(self._left[place.leaf.name], place, flat=True)
-            left = left if len(left) == 1 else left[rows]
+            left = self._take(left, rows)
             within = place.leaf.dims[place.dim].within
             moved = self._moved(place, element, rows, also=within)
             c = left @ _units(moved, place, flat=True).mT
@@ -242,26 +306,34 @@ class Contraction:
     def _left_rows(self, place: Place, rows: Tensor) -> Tensor:
         key = place.leaf.name, place.dim
         if key not in self._rows_left:
-            self._rows_left[key] = _rows(self._left[place.leaf.name], place.dim)
-        left = self._rows_left[key]
-        return left if len(left) == 1 or len(left) == len(rows) else left[rows]
+            left = _rows(self._left[place.leaf.name], place.dim)
+            if place.leaf.size > _SMALL:  # to copy it again costs little beside the product
+                return self._take(left, rows)
+            self._rows_left[key] = left
+        return self._take(self._rows_left[key], rows)
 
     def _moved(
         self, place: Place, element: Element, rows: Tensor, also: int | None = None
     ) -> Tensor:
         """Return the leaf of w1 with every dimension moved but that of the place (and another)."""
-        whole = len(rows) == len(self._every)
-        x = self._right[place.leaf.name]
-        x = x if whole else x[rows]
-        if not place.others:
+        return self._act(element, place.leaf, self._right[place.leaf.name], rows, place.dim, also)
+
+    def _act(
+        self, element: Element, leaf: Leaf, x: Tensor, rows: Tensor, *skip: int | None
+    ) -> Tensor:
+        axes = {d.axis for k, d in enumerate(leaf.dims) if d.axis is not None and k not in skip}
+        x = self._take(x, rows)
+        if not axes:
             return x
-        axes = {d.axis for k, d in enumerate(place.leaf.dims) if k not in (place.dim, also)}
-        here = {
-            k: g if whole else map_element(lambda part: part[rows], g)
-            for k, g in element.items()
-            if k in axes
-        }
-        return self.symmetry.act_on_leaf(here, place.leaf, x, skip=(place.dim, also))
+        here = {name: map_element(lambda g: self._take(g, rows), element[name]) for name in axes}
+        if len(x) == 1:  # without a batch an index moves whole rows
+            here = {name: map_element(lambda g: g[0], part) for name, part in here.items()}
+            return self.symmetry.act_on_leaf(here, leaf, x[0], skip=skip)[None]
+        return self.symmetry.act_on_leaf(here, leaf, x, skip=skip)
+
+    def _take(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Pick networks of the batch; what there is one of serves them all."""
+        return x if len(x) == 1 or len(rows) == len(self._every) else x[rows]
 
 
 def oracle(group: Group[Any]) -> CompactGroup[Any]:
@@ -275,6 +347,13 @@ def oracle(group: Group[Any]) -> CompactGroup[Any]:
     if isinstance(group, CompactGroup):
         return group
     raise TypeError(f"{group} is not compact")  # excluded by require_compact
+
+
+def nearest(group: Group[Any], costs: Costs) -> Any:
+    """Solve for one axis; a single matrix for a group whose degrees act alike is not copied."""
+    if len(costs) == 1 and isinstance(group, PermutingGroup):
+        return group.nearest(next(iter(costs.values())))
+    return oracle(group).nearest_by_degree(costs)
 
 
 def inner_product(group: Group[Any], costs: Costs, g: Any) -> Float[Tensor, " N"]:
@@ -298,6 +377,21 @@ def inner_product(group: Group[Any], costs: Costs, g: Any) -> Float[Tensor, " N"
 def _ready(place: Place, known: set[str], solved: set[str]) -> bool:
     """Whether all other axes of a leaf are known, but for one that is solved at the same time."""
     return len(set(place.others) & solved) < 2 and set(place.others) <= known | solved
+
+
+def _differ(before: Element, now: Element, n: int) -> Tensor:
+    """Which networks' elements are others than before."""
+    found = torch.zeros(n, dtype=torch.bool)
+
+    def compare(old: Tensor, new: Tensor) -> Tensor:
+        nonlocal found
+        if old is not new:
+            found = found | (old != new).flatten(1).any(1)
+        return new
+
+    for name, g in now.items():
+        map_element(compare, before[name], g)
+    return found
 
 
 def _eye(c: Tensor) -> Tensor:

@@ -7,18 +7,22 @@ with starts that make the result the same wherever on their orbits the networks 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from functools import partial
+from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from symflow.align.base import Aligner, Alignment, Status, objective, require_compact
-from symflow.align.costs import Contraction, oracle, where
+from symflow.align.costs import Contraction, inner_product, nearest, where
 from symflow.arch import Axis, Element, Symmetry
 from symflow.errors import ShapeError
 from symflow.groups import map_element
 from symflow.numerics import tolerance
+
+# Up to so many learnable weights a second start is tried by default.
+_FEW = 2**16
 
 
 @final
@@ -38,7 +42,9 @@ class WeightMatching(Aligner):
         ``"sequential"``: match each axis on its incoming weights, given the axes before it.
         ``"random"``: the same with random factors on the coordinates of fixed axes.
         ``"identity"``: the networks as they are; *not* the same everywhere on an orbit, so
-        ``Quotient.distance`` never uses it.
+        ``Quotient.distance`` never uses it. By default the first two, but for networks of more than
+        65,536 learnable weights the first alone: to begin again there costs as much and gains next
+        to nothing (``benchmarks/align.py``).
     max_sweeps
         Give up improving after so many passes over all axes.
     seed
@@ -55,11 +61,13 @@ class WeightMatching(Aligner):
     True
     """
 
-    starts: Sequence[str] = ("sequential", "random")
+    starts: Sequence[str] | None = None
     max_sweeps: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.starts is None:
+            return
         if not self.starts or set(self.starts) - {"sequential", "random", "identity"}:
             raise ShapeError(
                 "starts must be one or more of 'sequential', 'random', 'identity'; got "
@@ -78,10 +86,16 @@ class WeightMatching(Aligner):
         if left.shape[0] > 1:
             left = w0.detach().expand(*batch, w0.shape[-1]).reshape(-1, w0.shape[-1])
         problem = Contraction(symmetry, left, right)
-        best = self._ascend(problem, symmetry, left, right, 0)
-        for k in range(1, len(self.starts)):
-            best = _better(best, self._ascend(problem, symmetry, left, right, k), right.dtype)
-        return self._result(symmetry, w0, w1, best, batch, began)
+        best = self._ascend(problem, left, right, 0)
+        for k in range(1, len(self._starts(symmetry))):
+            best = _better(best, self._ascend(problem, left, right, k), right.dtype)
+        return self._result(w0, w1, best, batch, began)
+
+    def _starts(self, symmetry: Symmetry) -> Sequence[str]:
+        if self.starts is not None:
+            return self.starts
+        weights = sum(leaf.size for leaf in symmetry.leaves if leaf.learnable)
+        return ("sequential", "random") if weights <= _FEW else ("sequential",)
 
     def ascend_from(
         self,
@@ -106,87 +120,98 @@ class WeightMatching(Aligner):
             )
             for a in symmetry.axes
         }
-        found = self._climb(Contraction(symmetry, left, right), symmetry, left, right, flat)
-        return self._result(symmetry, w0, w1, found, batch, began)
+        found = self._climb(Contraction(symmetry, left, right), left, right, flat)
+        return self._result(w0, w1, found, batch, began)
 
     def _result(
-        self,
-        symmetry: Symmetry,
-        w0: Tensor,
-        w1: Tensor,
-        best: "_Ascent",
-        batch: torch.Size,
-        began: float,
+        self, w0: Tensor, w1: Tensor, best: "_Ascent", batch: torch.Size, began: float
     ) -> Alignment:
         element = {
             k: map_element(lambda part: part.reshape((*batch, *part.shape[1:])), g)
             for k, g in best.element.items()
         }
-        weights = symmetry.act(element, w1.expand(*batch, w1.shape[-1]))
-        value = objective(symmetry, w0, weights)
         return Alignment(
             element=element,
-            weights=weights,
-            objective=value,
+            weights=best.weights.reshape(*batch, w1.shape[-1]),
+            objective=best.history[-1].reshape(batch),
             history=best.history.reshape(len(best.history), *batch),
             status=best.status,
             seconds=time.perf_counter() - began,
         )
 
-    def _ascend(
-        self, problem: Contraction, symmetry: Symmetry, w0: Tensor, w1: Tensor, k: int
-    ) -> "_Ascent":
-        element = self._start(problem, symmetry, w1, self.starts[k], k)
-        return self._climb(problem, symmetry, w0, w1, element)
+    def _ascend(self, problem: Contraction, w0: Tensor, w1: Tensor, k: int) -> "_Ascent":
+        return self._climb(problem, w0, w1, *self._start(problem, w1, k))
 
     def _climb(
-        self, problem: Contraction, symmetry: Symmetry, w0: Tensor, w1: Tensor, element: Element
+        self,
+        problem: Contraction,
+        w0: Tensor,
+        w1: Tensor,
+        element: Element,
+        settled: frozenset[str] = frozenset(),
     ) -> "_Ascent":
-        value = objective(symmetry, w0, symmetry.act(element, w1))
-        history = [value]
-        stale = {a.name: torch.ones(len(w1), dtype=torch.bool) for a in symmetry.axes}
+        """Ascend from an element; the axes ``settled`` are best there, given the others."""
+        symmetry = problem.symmetry
+        gained = torch.zeros(len(w1), dtype=w1.dtype)
+        gains = [gained]
+        stale = {
+            a.name: torch.full((len(w1),), a.name not in settled, dtype=torch.bool)
+            for a in symmetry.axes
+        }
         status = Status.CONVERGED if not symmetry.axes else Status.SWEEP_LIMIT
         for _ in range(self.max_sweeps):
             for axis in symmetry.axes:
-                rows = stale[axis.name].nonzero().squeeze(-1)
-                if len(rows) == 0:
+                if not bool(stale[axis.name].any()):
                     continue
+                rows = stale[axis.name].nonzero().squeeze(-1)
                 stale[axis.name] = torch.zeros_like(stale[axis.name])
-                trial, after = _step(problem, symmetry, axis, w0, w1, element, value, rows)
+                found, gain, scale = _step(problem, axis, element, rows)
                 # Exact steps never lose; linearised ones (an axis twice in a leaf) and ties may.
-                rise = after - value > tolerance(w1.dtype).gain * value.abs()
+                rise = gain > tolerance(w1.dtype).gain * scale
                 if not bool(rise.any()):
                     continue
+                moved = rows[rise]
                 element = element | {
-                    name: where(rise, g, element[name]) for name, g in trial.items()
+                    name: map_element(partial(_put, moved, rise), element[name], g)
+                    for name, g in found.items()
                 }
-                value = torch.where(rise, after, value)
+                gained = gained.index_add(0, moved, gain[rise])
                 for other in problem.neighbours(axis.name):
-                    stale[other] = stale[other] | rise
+                    stale[other][moved] = True
                 if not problem.is_linear(axis.name) or problem.solved_with(axis.name):
-                    stale[axis.name] = stale[axis.name] | rise
-            history.append(value)
+                    stale[axis.name][moved] = True
+            gains.append(gained)
             if not any(bool(s.any()) for s in stale.values()):
                 status = Status.CONVERGED
                 break
-        return _Ascent(element, value, torch.stack(history), status)
+        weights = problem.moved(element, w1)
+        end = objective(symmetry, w0, weights)
+        return _Ascent(element, weights, end - (gained - torch.stack(gains)), status)
 
-    def _start(
-        self, problem: Contraction, symmetry: Symmetry, w1: Tensor, start: str, k: int
-    ) -> Element:
+    def _start(self, problem: Contraction, w1: Tensor, k: int) -> tuple[Element, frozenset[str]]:
+        """Return where an ascent begins, and the axes that are best there, given the others."""
+        symmetry = problem.symmetry
+        start = self._starts(symmetry)[k]
         element = {
             name: map_element(lambda part: part.expand(len(w1), *part.shape).clone(), g)
             for name, g in symmetry.identity(like=w1).items()
         }
         if start == "identity":
-            return element
+            return element, frozenset()
         weights = self._factors(problem, k) if start == "random" else None
         known: set[str] = set()
+        settled: set[str] = set()
         rows = torch.arange(len(w1))
         for axis in symmetry.axes:
             element |= problem.best(axis.name, element, rows, known, weights)
+            if (
+                weights is None
+                and _is_exact(problem, axis)
+                and problem.neighbours(axis.name) <= known
+            ):
+                settled.add(axis.name)
             known.add(axis.name)
-        return element
+        return element, frozenset(settled)
 
     def _factors(self, problem: Contraction, k: int) -> dict[str, Tensor]:
         """Draw one positive factor for each fixed coordinate: the same for all units."""
@@ -199,50 +224,55 @@ class WeightMatching(Aligner):
         }
 
 
+def _is_exact(problem: Contraction, axis: Axis) -> bool:
+    """Whether a step of this axis alone finds its best, and its costs tell what that gains."""
+    return axis.over is None and not problem.solved_with(axis.name) and problem.is_linear(axis.name)
+
+
+def _put(moved: Tensor, rise: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Replace the elements of some networks; ``rise`` is which of the new ones."""
+    if len(moved) == len(old) == len(new):
+        return new.to(old.dtype)
+    return old.index_copy(0, moved, new[rise].to(old.dtype))
+
+
 def _step(
-    problem: Contraction,
-    symmetry: Symmetry,
-    axis: Axis,
-    w0: Tensor,
-    w1: Tensor,
-    element: Element,
-    value: Tensor,
-    rows: Tensor,
-) -> tuple[Element, Tensor]:
-    """Solve for one axis; return its new elements and the objective with them."""
-
-    def spread(name: str, part: Any) -> Any:
-        if len(rows) == len(w1):
-            return part
-        return map_element(
-            lambda old, new: old.index_copy(0, rows, new.to(old.dtype)), element[name], part
-        )
-
-    plain = axis.over is None and not problem.solved_with(axis.name)
-    if plain and problem.is_linear(axis.name):  # what a step gains, its costs tell
+    problem: Contraction, axis: Axis, element: Element, rows: Tensor
+) -> tuple[Element, Tensor, Tensor]:
+    """Solve for one axis: its new elements for ``rows``, their gain, and the size of what gains."""
+    whole = len(rows) == problem.pairs
+    if _is_exact(problem, axis):
         costs = problem.costs(axis.name, element, rows)
         if not costs:
-            return {}, value
-        new = oracle(axis.group).nearest_by_degree(costs)
-        old = map_element(lambda part: part[rows], element[axis.name])
-        gain = problem.gain(axis.name, costs, new, old).to(value.dtype)
-        return {axis.name: spread(axis.name, new)}, value.index_add(0, rows, gain)
+            return {}, torch.zeros(len(rows)), torch.zeros(len(rows))
+        new, old = nearest(axis.group, costs), element[axis.name]
+        old = old if whole else map_element(lambda part: part[rows], old)
+        after = inner_product(axis.group, costs, new)
+        gain = after - inner_product(axis.group, costs, old)
+        return {axis.name: new}, gain, after.abs()
     found = problem.best(axis.name, element, rows)
-    trial = {name: spread(name, part) for name, part in found.items()}
-    return trial, objective(symmetry, w0, symmetry.act(element | trial, w1))
+    names = {axis.name, *found}
+    before = problem.value(names, element, rows)
+    trial = element | {
+        name: map_element(partial(_put, rows, torch.ones_like(rows).bool()), element[name], g)
+        for name, g in found.items()
+    }
+    after = problem.value(names, trial, rows)
+    return found, after - before, after.abs()
 
 
 @dataclass(frozen=True)
 class _Ascent:
     element: Element
-    value: Tensor
+    weights: Tensor
     history: Tensor
     status: Status
 
 
 def _better(a: _Ascent, b: _Ascent, dtype: torch.dtype) -> _Ascent:
     """Keep the better of two ascents for each pair; the first unless the second really is."""
-    first = b.value - a.value <= tolerance(dtype).gain * a.value.abs()
+    before, after = a.history[-1], b.history[-1]
+    first = after - before <= tolerance(dtype).gain * before.abs()
     length = max(len(a.history), len(b.history))
     histories = [
         torch.cat([x.history, x.history[-1:].expand(length - len(x.history), -1)]) for x in (a, b)
@@ -250,7 +280,7 @@ def _better(a: _Ascent, b: _Ascent, dtype: torch.dtype) -> _Ascent:
     both = {a.status, b.status}
     return _Ascent(
         {name: where(first, a.element[name], b.element[name]) for name in a.element},
-        torch.where(first, a.value, b.value),
+        torch.where(first[:, None], a.weights, b.weights),
         torch.where(first, *histories),
         Status.SWEEP_LIMIT if Status.SWEEP_LIMIT in both else Status.CONVERGED,
     )

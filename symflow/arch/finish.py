@@ -1,11 +1,14 @@
 """From what tracing found to the axes of an architecture and the factors of its leaves."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 from symflow.arch.labels import FIXED, Atom, Label
 from symflow.arch.layout import Axis, Dim, Factors
-from symflow.arch.tracing import RawAxis, Tracing
+from symflow.arch.structure import RawAxis
+from symflow.arch.tracing import Tracing
 from symflow.groups import (
     GeneralLinear,
     Group,
@@ -31,10 +34,15 @@ class Trace:
 
 @dataclass
 class _Use:
-    """How leaves carry an axis: the degrees at each place, and whether one carries it twice."""
+    """How leaves carry an axis.
+
+    The degrees at each place, whether one carries it twice, and how many coordinates each unit has
+    with the degrees 1 and -1, all others summed.
+    """
 
     degrees: list[tuple[tuple[str, int], ...]] = field(default_factory=lambda: [])
     twice: bool = False
+    widths: dict[int, int] = field(default_factory=lambda: {})
 
     @property
     def fibres(self) -> list[str]:
@@ -54,14 +62,18 @@ class _Use:
         powers = {power for one in self.degrees for _, power in one}
         return self.is_plain and powers == {1, -1} and not self.twice
 
+    def spans(self, size: int) -> bool:
+        """Whether both sides span all units: else there is no point of least norm on orbits."""
+        return min(self.widths.get(1, 0), self.widths.get(-1, 0)) >= size
 
-def finish(tracing: Tracing, output: tuple[str, ...]) -> Trace:
-    """Name axes, choose their groups, and give every leaf its factors."""
-    labels = {
-        name: tuple(_reduced(tracing, tracing.resolve(dim)) for dim in dims)
-        for name, dims in tracing.leaves.items()
-    }
-    uses = _uses(labels)
+
+def finish(
+    tracing: Tracing, output: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> Trace:
+    """Name axes, choose their groups, and give every leaf, whose shapes are given, its factors."""
+    whole = {name: tuple(map(tracing.resolve, dims)) for name, dims in tracing.leaves.items()}
+    labels = {name: tuple(_reduced(tracing, dim) for dim in dims) for name, dims in whole.items()}
+    uses = _uses(labels, shapes)
     fixed: list[Axis] = []
     moving: dict[str, Axis] = {}
     scales: dict[str, dict[str, str]] = {}  # raw axis -> fibre -> axis that scales by it
@@ -110,24 +122,27 @@ def finish(tracing: Tracing, output: tuple[str, ...]) -> Trace:
             if axis is None:
                 found.append((atom.size, Dim()))
                 continue
-            degrees = {scales[atom.axis or ""].get(f): p for f, p in atom.degrees}
+            acting = scales[atom.axis or ""]
+            degrees = {acting[f]: p for f, p in atom.degrees if f in acting}
+            if not acting:  # what is left does not see degrees, but another group might
+                degrees[axis.name] = sum(p for _, p in atom.degrees)
             found.append((atom.size, Dim(axis.name, degrees.pop(axis.name, 0))))
-            found += [(1, Dim(own, p)) for own, p in degrees.items() if own is not None]
+            found += [(1, Dim(own, p)) for own, p in degrees.items()]
         return tuple(found)
 
     leaves = {
         name: tuple([factors(part) for part in dim.parts] if dim != FIXED else [] for dim in dims)
-        for name, dims in labels.items()
+        for name, dims in whole.items()
     }
     return Trace(leaves, _in_order(list(moving.values())), tuple(fixed), output)
 
 
 def _reduced(tracing: Tracing, label: Label) -> Label:
-    """Leave out scales that those of the units inside can do too."""
+    """Leave out what has ended, and scales that those of the units inside can do too."""
 
     def kept(atom: Atom) -> Atom:
-        degrees = tuple((f, p) for f, p in atom.degrees if not tracing.is_redundant(f))
-        return replace(atom, degrees=degrees)
+        kept = [(f, p) for f, p in atom.degrees if tracing.acts(f) and not tracing.is_redundant(f)]
+        return replace(atom, degrees=tuple(kept))
 
     return label.each(kept)
 
@@ -141,14 +156,19 @@ def _in_order(axes: list[Axis]) -> tuple[Axis, ...]:
     return tuple(found)
 
 
-def _uses(labels: dict[str, tuple[Label, ...]]) -> dict[str, _Use]:
+def _uses(
+    labels: dict[str, tuple[Label, ...]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, _Use]:
     uses: dict[str, _Use] = {}
-    for dims in labels.values():
+    for name, dims in labels.items():
         seen: set[tuple[str, int]] = set()
         for k, dim in enumerate(dims):
             for atom in dim.atoms:
                 use = uses.setdefault(atom.axis or "", _Use())
                 use.degrees.append(atom.degrees)
+                others = math.prod(n for j, n in enumerate(shapes[name]) if j != k)
+                for _, power in atom.degrees:
+                    use.widths[power] = use.widths.get(power, 0) + others
                 use.twice |= any(axis == atom.axis and at != k for axis, at in seen)
                 seen.add((atom.axis or "", k))
     return uses
@@ -173,9 +193,9 @@ def _mixed(raw: RawAxis, use: _Use) -> Group[Any] | None:
     """Return the group that mixes units, if one may act."""
     if raw.size == 1:
         return None
-    if raw.linear and use.is_contracted:
+    if raw.linear and use.is_contracted and (raw.rotary or use.spans(raw.size)):
         return Rotary(raw.size, raw.rotary) if raw.rotary else GeneralLinear(raw.size)
-    if raw.orthogonal and use.is_plain and not raw.rotary:
+    if raw.orthogonal and not raw.linear and use.is_plain and not raw.rotary:
         return Orthogonal(raw.size)
     return None
 

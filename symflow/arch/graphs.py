@@ -80,10 +80,7 @@ def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         exported = torch.export.export(_Tensors(module).eval(), inputs, strict=False)
-        graph = exported.module(check_guards=False)
-    if not isinstance(graph, fx.GraphModule):
-        raise TypeError(f"torch.export returned a {type(graph).__name__}")
-    return graph
+        return exported.module(check_guards=False)
 
 
 def rotary_pairs(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], set[fx.Node]]:

@@ -1,6 +1,6 @@
 """How modules are run: what they return, and how they are mapped over many weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,8 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
-        for key in sorted(output, key=lambda key: key != "logits"):
+        ordered = ["logits"] if "logits" in output else []
+        for key in [*ordered, *(key for key in output if key != "logits")]:
             yield from tensors_of(output[key])
     elif isinstance(output, tuple | list):
         for part in output:
@@ -26,7 +27,7 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def mappable() -> Iterator[None]:
+def mappable() -> Generator[None]:
     """Run attention by operations that can be mapped over networks: its fused kernels cannot."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -65,7 +65,11 @@ class Symmetry:
         if axis.over is None:
             return g
         n = self[axis.over].size
-        return map_element(lambda part: part.expand(n, *part.shape).clone(), g)
+
+        def repeat(part: Tensor) -> Tensor:
+            return part.expand(n, *part.shape).clone()
+
+        return map_element(repeat, g)
 
     def random(
         self, *, generator: torch.Generator, like: Tensor, batch: tuple[int, ...] = ()
@@ -166,10 +170,11 @@ class Symmetry:
         found = {k: p for k, p in parts.items() if p is not None}
         for axis in self.axes:
             if axis.over is not None and axis.name in found:  # as they stand afterwards
-                found[axis.name] = tuple(
+                index, scales = (
                     None if part is None else self.carried(axis, part, part.ndim - 2, g)
                     for part in found[axis.name]
                 )
+                found[axis.name] = index, scales
         return self._act_monomial(found, w)
 
     @property
@@ -187,6 +192,19 @@ class Symmetry:
             for x in self.leaves
         )
         return replace(self, leaves=leaves, axes=tuple(a for a in axes if a.name not in gone))
+
+    @property
+    def dimension(self) -> int:
+        """Dimension of the group as a manifold: of all that acts continuously."""
+        return sum(self._copies(a) * a.group.dimension for a in self.axes)
+
+    @property
+    def log_components(self) -> float:
+        """Natural logarithm of the number of connected components: of elements, if it is finite."""
+        return sum(self._copies(a) * a.group.log_components for a in self.axes)
+
+    def _copies(self, axis: Axis) -> int:
+        return 1 if axis.over is None else self[axis.over].size
 
     def over(self, name: str) -> tuple[Axis, ...]:
         """Return the axes each of whose elements is one for each unit of this one."""

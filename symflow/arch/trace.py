@@ -1,7 +1,7 @@
 """From a module to its axes: its graph is run, the rules label it, union-find ties axes."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -133,14 +133,15 @@ def trace(module: nn.Module, inputs: tuple[Any, ...], names: dict[str, str]) -> 
     for value in interpreter.results:
         for dim in value.dims:
             tracing.fix(dim, "read out: the order and sign of the outputs have a meaning")
-    return finish(tracing, interpreter.results[0].made_by)
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    return finish(tracing, interpreter.results[0].made_by, shapes)
 
 
 class _Interpreter(fx.Interpreter):
     """Runs the graph on example inputs and carries the labels along."""
 
     def __init__(
-        self, graph: fx.GraphModule, tracing: Tracing, parameters: dict[str, Tensor]
+        self, graph: fx.GraphModule, tracing: Tracing, parameters: Mapping[str, Tensor]
     ) -> None:
         fx.Interpreter.__init__(self, graph)
         self.extra_traceback = False  # torch.fx would append its own lines to our errors
@@ -203,9 +204,7 @@ class _Interpreter(fx.Interpreter):
         moves = name in self.parameters or any("batch_norm" in str(u.target) for u in n.users)
         if not value.is_floating_point() or name not in self.tracing.names or not moves:
             return _unlabelled(value)
-        dims = tuple(
-            self.tracing.new_axis(size, name) if size > 1 else FIXED for size in shape
-        )
+        dims = tuple(self.tracing.new_axis(size, name) if size > 1 else FIXED for size in shape)
         self.tracing.label(name, dims)
         return Value(shape, dims, (self.tracing.names[name],))
 

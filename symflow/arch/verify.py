@@ -9,8 +9,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from symflow.arch.layout import Leaf, assemble
-from symflow.arch.symmetry import Symmetry
 from symflow.arch.running import tensors_of
+from symflow.arch.symmetry import Symmetry
 from symflow.errors import SymmetryError, UnsupportedModuleError
 from symflow.numerics import tolerance
 
@@ -124,9 +124,7 @@ class Rounding(TorchDispatchMode):
         super().__init__()
         self.dtype = torch.float64
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what goes in and comes out."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.is_floating_point():

@@ -136,6 +136,39 @@ class Group(ABC, Generic[E]):
             part, single = part[0], single[0]
         return part.shape[: part.ndim - single.ndim]
 
+    @property
+    def dimension(self) -> int:
+        """Dimension as a manifold: 0 for finite groups, and for what does not say.
+
+        Examples
+        --------
+        >>> from symflow.groups import GeneralLinear, Permutation, PositiveScale
+        >>> (Permutation(5) @ PositiveScale(5)).dimension, GeneralLinear(3).dimension
+        (5, 9)
+        """
+        return 0
+
+    @property
+    def log_components(self) -> float:
+        """Natural logarithm of the number of connected components: of elements, for finite groups.
+
+        Raises
+        ------
+        ShapeError
+            If the group does not say.
+
+        Examples
+        --------
+        >>> import math
+        >>> from symflow.groups import Permutation, Sign
+        >>> round(math.exp((Permutation(3) @ Sign(3)).log_components))
+        48
+        """
+        raise ShapeError(
+            f"the number of elements of {self} is not known: give its class a property "
+            "log_components"
+        )
+
     def __matmul__(self, inner: "Group[Any]") -> "Group[Any]":
         """Return ``A @ B``, all products a b (semidirect where A permutes B's coordinates)."""
         from symflow.groups.product import product
@@ -178,6 +211,13 @@ class CompactGroup(Group[E]):
 
 class NoncompactGroup(Group[E]):
     """A group with unbounded orbits: a section picks one point of each before any measuring."""
+
+    @property
+    def dimension(self) -> int:
+        """Dimension as a manifold."""
+        raise ShapeError(
+            f"the dimension of {self} is not known: give its class a property dimension"
+        )
 
     @property
     @abstractmethod

@@ -1,5 +1,6 @@
 """Cyclic shifts of an axis."""
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -43,10 +44,13 @@ class CyclicShift(PermutingGroup):
         self, *, generator: torch.Generator, like: Tensor, batch: tuple[int, ...] = ()
     ) -> Shift:
         """Draw uniformly (Haar)."""
-        drawn = torch.randint(
-            self.size, (*batch, 1), generator=generator, device=generator.device
-        )
+        drawn = torch.randint(self.size, (*batch, 1), generator=generator, device=generator.device)
         return drawn.to(like.device)
+
+    @property
+    def log_components(self) -> float:
+        """The logarithm of n."""
+        return math.log(self.size)
 
     def indices(self, g: Shift) -> Int[Tensor, "*#batch n"]:
         """Return, for each place, the place it is taken from."""

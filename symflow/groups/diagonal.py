@@ -1,5 +1,6 @@
 """Groups that act by multiplying each coordinate of an axis: signs and positive scales."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ class Sign(DiagonalGroup, CompactGroup[Tensor]):
         """Draw fair signs (Haar)."""
         bits = torch.randint(2, (*batch, self.size), generator=generator, device=generator.device)
         return (2 * bits - 1).to(like)
+
+    @property
+    def log_components(self) -> float:
+        """The logarithm of 2^n."""
+        return self.size * math.log(2)
 
     def nearest(self, c: Float[Tensor, "*batch n n"]) -> Scales:
         """Return the sign of the diagonal of ``c`` (plus at zero)."""
@@ -155,6 +161,16 @@ class PositiveScale(DiagonalGroup, ScalingGroup[Tensor]):
         one = torch.ones_like(incoming)
         ratio = torch.where(closed, outgoing, one) / torch.where(closed, incoming, one)
         return ratio ** (1 / (2 * (up + down)))
+
+    @property
+    def dimension(self) -> int:
+        """One for each coordinate."""
+        return self.size
+
+    @property
+    def log_components(self) -> float:
+        """One component."""
+        return 0.0
 
     def noncompact(self, g: Scales) -> Scales:
         """Return the element itself."""

@@ -1,5 +1,6 @@
 """Groups that mix the units of an axis: rotations, and all invertible linear maps."""
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -26,7 +27,7 @@ class MatrixGroup(Group[Tensor]):
         return g @ h
 
     def act(self, g: Matrix, x: Tensor, *, dim: int = -1, degree: int = 1) -> Tensor:
-        """Multiply ``x`` along ``dim`` by A (degree 1), its inverse transpose (-1), or leave it (0).
+        """Multiply ``x`` along ``dim`` by A (degree 1) or its inverse transpose (-1).
 
         Raises
         ------
@@ -45,7 +46,7 @@ class MatrixGroup(Group[Tensor]):
 
 
 def multiply(matrix: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Multiply ``x`` along ``dim`` by matrices whose batch dimensions are the leading ones of ``x``.
+    """Multiply ``x`` along ``dim`` by matrices; their batch dimensions are its leading ones.
 
     Examples
     --------
@@ -98,6 +99,16 @@ class Orthogonal(MatrixGroup, CompactGroup[Tensor]):
         signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q)
         return (q * signs[..., None, :]).to(like)
 
+    @property
+    def dimension(self) -> int:
+        """N (n - 1) / 2."""
+        return self.size * (self.size - 1) // 2
+
+    @property
+    def log_components(self) -> float:
+        """Rotations and reflections."""
+        return math.log(2)
+
     def nearest(self, c: Float[Tensor, "*batch n n"]) -> Matrix:
         """Solve the orthogonal Procrustes problem (Schoenemann, 1966): U V^T of the SVD."""
         u, _, v = torch.linalg.svd(c)
@@ -142,6 +153,16 @@ class GeneralLinear(MatrixGroup, NoncompactGroup[Tensor]):
         return (left * (logs / 2).exp()[..., None, :] @ right).to(like)
 
     @property
+    def dimension(self) -> int:
+        """n^2."""
+        return self.size**2
+
+    @property
+    def log_components(self) -> float:
+        """Matrices of positive and of negative determinant."""
+        return math.log(2)
+
+    @property
     def residual(self) -> Orthogonal:
         """The rotations: they keep both norms."""
         return Orthogonal(self.size)
@@ -157,16 +178,17 @@ class GeneralLinear(MatrixGroup, NoncompactGroup[Tensor]):
 
         Examples
         --------
-        >>> up, down = GeneralLinear(1).balance_factors(torch.tensor([[1.0]]), torch.tensor([[16.0]]))
-        >>> float(up), float(down)
-        (4.0, 4.0)
+        >>> one = torch.ones(1, 1)
+        >>> GeneralLinear(1).balance_factors(one, 16 * one)
+        (tensor([[4.]]), tensor([[4.]]))
         """
         n = self.size
         q_up, r_up = torch.linalg.qr(_padded(up, n).mT)
         q_down, r_down = torch.linalg.qr(_padded(down, n).mT)
         x, s, y = torch.linalg.svd(r_up @ r_down.mT)
         floor = tolerance(up.dtype).eps * n * s[..., :1]
-        root = torch.where(s > floor, s, torch.zeros_like(s)).clamp_min(0).sqrt()
+        seen = s > floor
+        root = torch.where(seen, s, torch.ones_like(s)).sqrt() * seen
         left, right = x * root[..., None, :], y.mT * root[..., None, :]
         # Of all balanced factors the ones closest to what was given: idempotent, no jumps.
         back = r_up.mT @ left + r_down.mT @ right

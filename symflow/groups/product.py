@@ -139,6 +139,16 @@ class _Product(Group[Pair]):
     def factors(self) -> tuple[Group[Any], Group[Any]]:
         """The outer and the inner factor."""
 
+    @property
+    def dimension(self) -> int:
+        """The sum of both."""
+        return sum(factor.dimension for factor in self.factors)
+
+    @property
+    def log_components(self) -> float:
+        """The sum of both: components of a product are pairs of them."""
+        return sum(factor.log_components for factor in self.factors)
+
     def identity(self, *, like: Tensor) -> Pair:
         """Return the pair of identities."""
         outer, inner = self.factors

@@ -1,6 +1,5 @@
 """What commutes with rotary position embeddings: a rotation and a scale for each pair of units."""
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -18,12 +17,13 @@ Pairs = Float[Tensor, "*#batch m 2"]
 
 
 class PairGroup(Group[Tensor]):
-    """A group that multiplies pairs of units, read as complex numbers (*batch, n / 2, 2)."""
+    """A group that multiplies pairs of units, read as complex numbers (*batch, n / 2, 2).
 
-    @property
-    @abstractmethod
-    def pairing(self) -> str:
-        """``"half"``: unit i with i + n / 2 (Llama). ``"interleaved"``: 2 i with 2 i + 1 (GPT-J)."""
+    ``pairing`` says which: ``"half"`` unit i with i + n / 2 (Llama), ``"interleaved"`` unit 2 i
+    with 2 i + 1 (GPT-J).
+    """
+
+    pairing: str
 
     def __post_init__(self) -> None:
         if self.size % 2 or self.pairing not in ("half", "interleaved"):
@@ -31,6 +31,11 @@ class PairGroup(Group[Tensor]):
                 "pairs need an even size and pairing 'half' or 'interleaved', got "
                 f"{self.size} and {self.pairing!r}"
             )
+
+    @property
+    def log_components(self) -> float:
+        """One component."""
+        return 0.0
 
     def identity(self, *, like: Tensor) -> Pairs:
         """Return ones."""
@@ -75,7 +80,7 @@ class PairGroup(Group[Tensor]):
     def _joined(self, first: Tensor, second: Tensor, dim: int) -> Tensor:
         if self.pairing == "half":
             return torch.cat([first, second], dim)
-        return torch.stack([first, second], dim if dim == -1 else dim).flatten(dim - 1, dim)
+        return torch.stack([first, second], dim).flatten(dim - 1, dim)
 
 
 @final
@@ -97,10 +102,19 @@ class Phases(PairGroup, CompactGroup[Tensor]):
     ) -> Pairs:
         """Draw uniform angles (Haar)."""
         drawn = torch.rand(
-            *batch, self.size // 2, generator=generator, device=generator.device, dtype=torch.float64
+            *batch,
+            self.size // 2,
+            generator=generator,
+            device=generator.device,
+            dtype=torch.float64,
         )
         angle = 2 * torch.pi * drawn
         return torch.stack([angle.cos(), angle.sin()], -1).to(like)
+
+    @property
+    def dimension(self) -> int:
+        """One angle for each pair."""
+        return self.size // 2
 
     def nearest(self, c: Float[Tensor, "*batch n n"]) -> Pairs:
         """Return the angle of each pair's own 2 x 2 block."""
@@ -146,6 +160,11 @@ class Rotary(PairGroup, ScalingGroup[Tensor]):
         phases = self.residual.random(generator=generator, like=like, batch=batch)
         scales = PositiveScale(self.size // 2).random(generator=generator, like=like, batch=batch)
         return phases * scales[..., None]
+
+    @property
+    def dimension(self) -> int:
+        """One angle and one scale for each pair."""
+        return self.size
 
     @property
     def residual(self) -> Phases:

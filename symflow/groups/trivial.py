@@ -34,6 +34,11 @@ class Trivial(DiagonalGroup, CompactGroup[Tensor]):
         """Return identities."""
         return torch.ones(*batch, self.size, dtype=like.dtype, device=like.device)
 
+    @property
+    def log_components(self) -> float:
+        """One component."""
+        return 0.0
+
     def nearest(self, c: Float[Tensor, "*batch n n"]) -> Tensor:
         """Return the identity."""
         return torch.ones(c.shape[:-1], dtype=c.dtype, device=c.device)

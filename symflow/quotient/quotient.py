@@ -18,7 +18,6 @@ from symflow.quotient.options import a_section, an_aligner, leaf_weights, with_g
 from symflow.quotient.pairs import pairwise
 from symflow.quotient.points import align_points, require_broadcast
 from symflow.quotient.principal import Principal, principal
-from symflow.quotient.size import group_dimension, log_order
 from symflow.quotient.state import transport_state
 from symflow.sections import Section
 
@@ -347,11 +346,6 @@ class Quotient:
 
         With ``preserves="argmax"`` one less, the scale of the outputs.
 
-        Raises
-        ------
-        ShapeError
-            If the dimension of a group is not known.
-
         Examples
         --------
         >>> import symflow
@@ -359,20 +353,15 @@ class Quotient:
         22
         """
         removed = self.section.state_manifold.dimension - self.manifold.dimension
-        acting = sum(group_dimension(axis.group) for axis in self.arch.axes)
-        return self.arch.num_parameters - acting - removed
+        return self.arch.num_parameters - self.arch.symmetry.dimension - removed
 
     @property
     def log_orbit_size(self) -> float:
         """Natural logarithm of how many points of the section are one generic network.
 
         That is the number of elements of the finite group left there, n! for the permutations of n
-        units and 2^n for their signs. Scales, which the section takes away, do not count.
-
-        Raises
-        ------
-        ShapeError
-            If a group is not finite, or its number of elements is not known.
+        units and 2^n for their signs. Scales, which the section takes away, do not count; of a
+        group that is not finite (rotations) the connected components do.
 
         Examples
         --------
@@ -380,7 +369,7 @@ class Quotient:
         >>> round(math.exp(symflow.Quotient(symflow.mlp([3, 4, 2])).log_orbit_size))    # 4!
         24
         """
-        return log_order(self.symmetry)
+        return self.symmetry.log_components
 
     def _between_points(self, x0: Tensor, x1: Tensor) -> Tensor:
         return self.manifold.dist(x0, self.align_points(x0, x1).weights)

@@ -1,7 +1,13 @@
 """Sections: how one point is chosen on each orbit of the non-compact symmetries."""
 
 from symflow.sections.balanced import BalancedSection
-from symflow.sections.base import Section, noncompact_axes, scaled_axes, unit_coordinates
+from symflow.sections.base import (
+    Section,
+    mixed_axes,
+    noncompact_axes,
+    scaled_axes,
+    unit_coordinates,
+)
 from symflow.sections.flat import FlatSection
 from symflow.sections.sphere import SphereSection
 
@@ -10,6 +16,7 @@ __all__ = [
     "FlatSection",
     "Section",
     "SphereSection",
+    "mixed_axes",
     "noncompact_axes",
     "scaled_axes",
     "unit_coordinates",

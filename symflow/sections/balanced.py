@@ -203,7 +203,7 @@ class BalancedSection(Section):
                     squares = squares.sum(k - len(leaf.dims), keepdim=True)
             if len(dims) == 2 and dims[0][0] == dims[1][0] and dims[0][1] == -dims[1][1]:
                 # A unit's weight on itself has degree zero as a whole.
-                first, second = (places[0] - len(leaf.dims) for _, _, *places in dims)
+                first, second = (k - len(leaf.dims) for _, _, k, _ in dims)
                 loops = squares.diagonal(dim1=first, dim2=second)
                 loops = torch.diag_embed(loops, dim1=first, dim2=second)
                 squares = squares - loops
@@ -339,5 +339,5 @@ def _masked(energy: _Energy, alive: Mapping[str, Tensor]) -> _Energy:
 
 
 def _count(arch: Architecture, axis: str) -> int:
-    """Number of units of an axis, counted for each unit of the one it is over."""
+    """Count the units of an axis, for each unit of the one it is over."""
     return math.prod(unit_shape(arch, axis))

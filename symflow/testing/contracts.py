@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from symflow.groups import CompactGroup, GeneralLinear, Group, NoncompactGroup, ScalingGroup, monomial
+from symflow.groups import (
+    CompactGroup,
+    GeneralLinear,
+    Group,
+    NoncompactGroup,
+    ScalingGroup,
+    monomial,
+)
 from symflow.numerics import tolerance
 from symflow.testing.law import Body, Draws, agree, demand
 from symflow.testing.strategies import elements, tensors

@@ -28,9 +28,7 @@ def _add(call: "Call", x: Any, y: Any, **_options: Any) -> Value:
     dims: list[Label] = []
     for a, b, m, n in aligned(x, y):
         if m == n:
-            dims.append(
-                call.tracing.unify(a, b, f"added to something that stays, at {call.path}")
-            )
+            dims.append(call.tracing.unify(a, b, f"added to something that stays, at {call.path}"))
             continue
         dims.append(a if n == 1 else b)  # one number is added to all units
         call.tracing.weaken(dims[-1], PLAIN, call.name)
@@ -46,9 +44,7 @@ def multiply(call: "Call", x: Any, y: Any) -> Value:
     """Multiply two tensors, or a tensor by a number."""
     if not (isinstance(x, Value) and isinstance(y, Value)):
         return call.elementwise(x if isinstance(x, Value) else y, LINEAR)
-    dims = [
-        gated(call, a, b) if m == n else a if n == 1 else b for a, b, m, n in aligned(x, y)
-    ]
+    dims = [gated(call, a, b) if m == n else a if n == 1 else b for a, b, m, n in aligned(x, y)]
     return Value(call.shape, tuple(dims))
 
 

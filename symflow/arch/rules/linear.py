@@ -49,7 +49,7 @@ def _convolution(call: "Call", x: Value) -> Value:
     conv = call.module
     spatial = (FIXED,) * len(conv.kernel_size)
     channel = len(x.dims) - len(spatial) - 1
-    before, out, ends = _channels(
+    _, out, ends = _channels(
         call, x.dims[channel], conv.groups, conv.in_channels, conv.out_channels, conv.transposed
     )
     call.label("weight", *ends, *spatial)
@@ -147,4 +147,3 @@ def _pad(call: "Call", x: Value, pad: Any, mode: str = "constant", value: Any = 
         if before != after:
             call.tracing.fix(dim, f"dimension {k} is padded at {call.path}")
     return call.elementwise(x, PLAIN if value else LINEAR)
-

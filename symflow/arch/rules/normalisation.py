@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn import functional as F
 
-from symflow.arch.labels import FIXED, Label
+from symflow.arch.labels import Label
 from symflow.arch.rules.elementwise import PLAIN
 from symflow.arch.rules.registry import Activation, Value, rule
 
@@ -80,7 +80,7 @@ def _group_norm(
 
 
 def _grouped(call: "Call", x: Value, groups: int) -> Label:
-    """Groups of channels are permuted, and the channels in each."""
+    """Label channels normalised in groups: these are permuted, and the channels in each."""
     channels = x.shape[1]
     before = _normalised(call, x)
     if groups in (1, channels):
@@ -180,5 +180,3 @@ def _functional_rms_norm(
         for a, b in zip(x.dims[-count:], weight.dims, strict=True)
     ]
     return Value(x.shape, (*x.dims[:-count], *dims))
-
-

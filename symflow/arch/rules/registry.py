@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar, final
 
 import torch
 from torch import nn
+from torch._ops import OpOverload  # what the nodes of torch.export call
 from torch.nn import functional
 
 from symflow.arch.labels import Label
@@ -24,7 +25,7 @@ class Activation:
     Attributes
     ----------
     odd
-        sigma(-z) = -sigma(z), or (-1)^k sigma(z) if homogeneous of degree k: sign flips pass through.
+        sigma(-z) = -sigma(z), or (-1)^k sigma(z) if homogeneous of degree k: sign flips pass.
     homogeneous
         The k with sigma(s z) = s^k sigma(z) for all s > 0, or None: positive scales pass through.
 
@@ -146,7 +147,7 @@ def find_rule(target: Any) -> Activation | Callable[..., Value] | None:
     """
     if isinstance(target, type):
         return next((_RULES[c] for c in target.__mro__ if c in _RULES), None)
-    if isinstance(target, torch._ops.OpOverload):  # as torch.export writes them
+    if isinstance(target, OpOverload):  # as torch.export writes them
         return _RULES.get(target.overloadpacket.__name__)
     return _RULES.get(target)
 

@@ -42,7 +42,9 @@ def _regroup(call: "Call", x: Value) -> Value:
         if len(old) == len(new) == 1:
             dims += labels
             continue
-        if not new:  # dimensions of size one that are gone
+        if not new:  # single units, which are those of the dimension before now
+            if dims:
+                dims[-1] = _merged(call, [dims[-1], *labels], [call.shape[len(dims) - 1], 1])
             continue
         merged = _merged(call, labels, [x.shape[k] for k in old])
         pieces = [merged] if len(new) == 1 else call.tracing.split(merged, sizes)
