@@ -8,9 +8,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, final
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +20,13 @@ from safetensors.torch import save as _encode
 from torch import Tensor
 
 from symflow.errors import FileFormatError
+
+_FORMATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -31,12 +39,28 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     >>> write_atomic(target, b"hello"); target.read_bytes()
     b'hello'
     """
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Generator[BinaryIO]:
+    """Open a file that takes the place of ``path`` when the block ends, and not if it fails.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+    >>> with replacing(target) as file: _ = file.write(b"hello")
+    >>> target.read_bytes()
+    b'hello'
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes private files; a result should be as readable as any other new file.
@@ -47,6 +71,78 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@final
+class TensorFile:
+    """A safetensors file whose tensors are read one at a time, and never mapped into memory.
+
+    Attributes
+    ----------
+    head
+        Everything in front of the tensors, byte by byte.
+    entries
+        For each key the dtype, shape and offsets, as in the header.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "w.safetensors"
+    >>> save_tensors(target, {"w": torch.ones(2)})
+    >>> TensorFile(target).read("w")
+    tensor([1., 1.])
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with self.path.open("rb") as file:
+            first = file.read(8)
+            size = int.from_bytes(first, "little")
+            whole = 8 < 8 + size <= self.path.stat().st_size
+            self.head = first + (file.read(size) if whole else b"")
+        try:
+            header = json.loads(self.head[8:])
+            self.entries: dict[str, dict[str, Any]] = {
+                key: value for key, value in header.items() if key != "__metadata__"
+            }
+            ends = [value["data_offsets"][1] for value in self.entries.values()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FileFormatError(f"{path} is no safetensors file ({error})") from error
+        if len(self.head) + max(ends, default=0) != self.path.stat().st_size:
+            raise FileFormatError(f"{path} is no complete safetensors file: copy it again")
+
+    def span(self, key: str) -> tuple[int, int]:
+        """Return where the bytes of a tensor begin and end in the file."""
+        begin, end = self.entries[key]["data_offsets"]
+        return len(self.head) + begin, len(self.head) + end
+
+    def raw(self, key: str) -> bytearray:
+        """Read the bytes of a tensor."""
+        begin, end = self.span(key)
+        found = bytearray(end - begin)
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            file.readinto(found)
+        return found
+
+    def read(self, key: str) -> Tensor:
+        """Read a floating point tensor.
+
+        Raises
+        ------
+        FileFormatError
+            If it is of another dtype.
+        """
+        dtype, data = self.dtype(key), self.raw(key)
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.zeros(0, dtype=dtype)
+        return flat.reshape(self.entries[key]["shape"])
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the dtype of a floating point tensor; the errors are those of :meth:`read`."""
+        stored = self.entries[key]["dtype"]
+        if stored not in _FORMATS:
+            raise FileFormatError(f"{self.path}: {key!r} is {stored}, not floating point")
+        return _FORMATS[stored]
 
 
 def save_tensors(

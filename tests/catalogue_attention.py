@@ -35,6 +35,20 @@ class Attention(nn.Module):
         return self.out((weights @ v).transpose(1, 2).reshape(batch, positions, width))
 
 
+class Fused(nn.Module):
+    """Queries, keys and values made by one map, and taken apart afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Any) -> Any:
+        batch, positions, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, positions, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(batch, positions, 8))
+
+
 class GroupedQueries(nn.Module):
     """Ainslie et al. (2023): two heads share each pair of keys and values."""
 
@@ -163,6 +177,12 @@ ATTENTION: tuple[tuple[str, Callable[[], nn.Module], tuple[Any, ...], tuple[str,
         ("8 perm", *(_GAIN,) * 3, *_HEADS, "12 perm"),
     ),
     (
+        "transformer, one map for queries, keys and values",
+        lambda: transformer(Fused),
+        _SEQUENCE,
+        ("8 perm", *(_GAIN,) * 3, *_HEADS, "12 perm"),
+    ),
+    (
         "transformer, grouped queries",
         lambda: transformer(GroupedQueries),
         _SEQUENCE,
@@ -188,6 +208,12 @@ ATTENTION: tuple[tuple[str, Callable[[], nn.Module], tuple[Any, ...], tuple[str,
         VisionTransformer,
         (torch.zeros(2, 1, 8, 8),),
         ("8 perm", *(_GAIN,) * 5, *(*_HEADS, "12 perm") * 2),
+    ),
+    (
+        "gated linear unit",
+        lambda: nn.Sequential(nn.Linear(3, 12), nn.GLU(), nn.Linear(6, 2)),
+        (torch.zeros(2, 3),),
+        ("6 perm sign scale",),
     ),
     ("low-rank factors", LowRank, (torch.zeros(2, 6),), ("5 perm scale", "2 linear")),
     (

@@ -12,6 +12,7 @@ from symflow import Architecture, Permutation, PositiveScale, Sign
 from symflow.arch import Activation, rule
 from symflow.arch.rules.registry import _RULES
 from symflow.errors import (
+    LeafError,
     ShapeError,
     SymmetryError,
     UnsupportedModuleError,
@@ -398,3 +399,20 @@ def test_everything_that_is_returned_is_read_out():
     arch = Architecture.from_module(net, torch.zeros(1, 3))
     assert arch.axes == ()
     assert arch.apply(torch.zeros(4, arch.dimension), torch.zeros(5, 3)).shape == (4, 5, 1)
+
+
+def test_frozen_leaves_stay():
+    net = nn.Sequential(
+        *(nn.Linear(3, 4), nn.ReLU()), *(nn.Linear(4, 5), nn.ReLU()), nn.Linear(5, 2)
+    )
+    x = torch.zeros(1, 3)
+    assert [a.size for a in Architecture.from_module(net, x, frozen=["0.weight"]).axes] == [5]
+    net[2].weight.requires_grad_(False)
+    arch = Architecture.from_module(net, x)
+    assert arch.axes == ()
+    assert any("2.weight is frozen" in axis.reason for axis in arch.symmetry.fixed)
+    assert len(Architecture.from_module(net, x, frozen=()).axes) == 2
+    with pytest.raises(LeafError, match=r"no leaves \['9.weight'\]"):
+        Architecture.from_module(net, x, frozen=["9.weight"])
+    # Where nothing requires gradients (a module used for its shape), nothing is frozen.
+    assert len(Architecture.from_module(net.requires_grad_(False), x).axes) == 2

@@ -9,6 +9,7 @@ from symflow.align.many import Centred, align_to_centre
 from symflow.align.polished import Polished
 from symflow.align.sinkhorn import Sinkhorn
 from symflow.align.straight_through import StraightThrough
+from symflow.align.streaming import FilesAligned, align_files
 from symflow.align.weight_matching import WeightMatching
 from symflow.align.weighted import Weighted
 
@@ -18,6 +19,7 @@ __all__ = [
     "Alignment",
     "Centred",
     "Embedding",
+    "FilesAligned",
     "FrankWolfe",
     "PairedAligner",
     "Polished",
@@ -26,6 +28,7 @@ __all__ = [
     "StraightThrough",
     "WeightMatching",
     "Weighted",
+    "align_files",
     "align_to_centre",
     "embed_narrow",
     "objective",

@@ -1,41 +1,36 @@
 """Contraction of two networks over an axis: the matrix that an axis' oracle is given."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from symflow.align.places import (
+    Costs,
+    Place,
+    added,
+    chosen,
+    differ,
+    index_of,
+    permutations,
+    ready,
+    rows_of,
+    units_of,
+)
 from symflow.arch import Axis, Element, Leaf, Symmetry
-from symflow.groups import CompactGroup, Group, PermutingGroup, map_element, monomial
-
-Costs = dict[int, Tensor]
+from symflow.groups import (
+    CompactGroup,
+    Group,
+    Permutation,
+    PermutingGroup,
+    map_element,
+    monomial,
+)
 
 # Leaves up to this size are kept a second time, in the order in which they are multiplied.
 _SMALL = 2**17
-
-
-@final
-@dataclass(frozen=True)
-class Place:
-    """One dimension of a learnable leaf that runs over an axis."""
-
-    leaf: Leaf
-    dim: int
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """The axes of the leaf's other dimensions."""
-        return tuple(
-            d.axis for k, d in enumerate(self.leaf.dims) if k != self.dim and d.axis is not None
-        )
-
-    @property
-    def degree(self) -> int:
-        """How the axis acts there."""
-        return self.leaf.dims[self.dim].degree
 
 
 @final
@@ -74,18 +69,18 @@ class Contraction:
                 if dim.axis is not None:
                     self.places[dim.axis].append(Place(leaf, k))
         self._rows_left: dict[tuple[str, int], Tensor] = {}
+        self._first: dict[tuple[str, int], Tensor] = {}
         self._constant: dict[str, Costs] = {}
         self._kept: dict[tuple[str, int], tuple[Element, Tensor]] = {}
         self._every = torch.arange(w1.shape[:-1].numel())
+        self.pairs = len(self._every)
+        self._alike = {a.name: isinstance(a.group, PermutingGroup) for a in symmetry.axes}
+        plain = {a.name for a in symmetry.axes if isinstance(a.group, Permutation)}
+        self._permuted = {leaf.name: permutations(plain, leaf) for leaf in symmetry.leaves}
         self._neighbours = {
             name: {other for place in places for other in place.others} - {name}
             for name, places in self.places.items()
         }
-
-    @property
-    def pairs(self) -> int:
-        """Number N of pairs."""
-        return len(self._every)
 
     # ---------------------------------------------------------------- what depends on what
 
@@ -142,7 +137,7 @@ class Contraction:
         if found.over is not None:
             return self._best_over(found, element, rows, known)
         names = {a.name for a in inner}
-        usable = [p for p in self.places[axis] if known is None or _ready(p, known, names)]
+        usable = [p for p in self.places[axis] if known is None or ready(p, known, names)]
         plain = [p for p in usable if not names & set(p.others)]
         costs = self._costs(axis, plain, element, rows, weights)
         if not inner:
@@ -155,11 +150,11 @@ class Contraction:
         if not costs:
             return {}
         new = {axis: oracle(found.group).nearest_by_degree(costs)}
-        index = _index(found.group, new[axis])
+        index = index_of(found.group, new[axis])
         for a in inner:
             if blocks[a.name]:
-                chosen = {p: _pairs(c, index) for p, c in blocks[a.name].items()}
-                best = oracle(a.group).nearest_by_degree(chosen)
+                inside = {p: chosen(c, index) for p, c in blocks[a.name].items()}
+                best = oracle(a.group).nearest_by_degree(inside)
                 new[a.name] = self.symmetry.carried(a, best, 1, new, back=True)
         return new
 
@@ -188,10 +183,13 @@ class Contraction:
         """Return the networks where the element takes them: one network leaf by leaf, in O(D)."""
         if len(w1) != 1:
             return self.symmetry.act(element, w1)
-        found = torch.empty_like(w1)
-        for leaf in self.symmetry.leaves:
-            x = w1[:, leaf.span].reshape(1, *leaf.shape)
-            found[:, leaf.span] = self._act(element, leaf, x, self._every).reshape(1, -1)
+        found = w1.clone()
+        sizes = [leaf.size for leaf in self.symmetry.leaves]
+        pieces = zip(self.symmetry.leaves, w1.split(sizes, 1), found.split(sizes, 1), strict=True)
+        for leaf, x, target in pieces:
+            if self._permuted[leaf.name] != ():
+                shape = (1, *leaf.shape)
+                target.view(shape).copy_(self._act(element, leaf, x.view(shape), self._every))
         return found
 
     def _costs(
@@ -203,13 +201,13 @@ class Contraction:
         weights: Mapping[str, Tensor] | None,
     ) -> Costs:
         # Where every degree acts alike there is one matrix, whatever the degrees.
-        alike = isinstance(self.symmetry[axis].group, PermutingGroup)
+        alike = self._alike[axis]
         total = self._fixed(axis, [p for p in places if not p.others], weights, alike)
         total = {degree: self._take(c, rows) for degree, c in total.items()}
         for place in places:
             if place.others:
                 c = {1 if alike else place.degree: self._product(place, element, rows)}
-                total = _add(total, c)
+                total = added(total, c)
         return total
 
     def _fixed(
@@ -223,7 +221,7 @@ class Contraction:
             left = self._left_rows(place, self._every)
             if weights is not None:
                 left = left * weights[place.leaf.name].to(left)
-            right = _rows(self._right[place.leaf.name], place.dim)
+            right = rows_of(self._right[place.leaf.name], place.dim)
             degree = 1 if alike else place.degree
             if degree in total:
                 left = left.expand(len(right), -1, -1)
@@ -237,16 +235,19 @@ class Contraction:
     def _product(self, place: Place, element: Element, rows: Tensor) -> Tensor:
         """Contract a leaf over all its dimensions but one: only where other axes have moved."""
         key = place.leaf.name, place.dim
-        now = {name: element[name] for name in dict.fromkeys(place.others)}
+        now = {name: element[name] for name in place.others}
         if key not in self._kept:
             c = self._multiply(place, element, rows)
-            if len(rows) == len(self._every) and c[0].numel() <= place.leaf.size:
+            if len(rows) == self.pairs and c[0].numel() <= place.leaf.size:
                 self._kept[key] = now, c
             return c
         before, c = self._kept[key]
-        todo = rows[_differ(before, now, len(self._every))[rows]]
-        if len(todo) == len(self._every):
-            c = self._multiply(place, element, todo)
+        if all(before[name] is now[name] for name in now):
+            return self._take(c, rows)
+        todo = rows[differ(before, now, self.pairs)[rows]]
+        if len(todo) == self.pairs:
+            c = self._corrected(place, before, now, c)
+            c = self._multiply(place, element, todo) if c is None else c
         elif len(todo):
 
             def fresh(old: Tensor, new: Tensor) -> Tensor:
@@ -259,8 +260,34 @@ class Contraction:
         self._kept[key] = now, c
         return self._take(c, rows)
 
+    def _corrected(self, place: Place, before: Element, now: Element, c: Tensor) -> Tensor | None:
+        """Correct the product of one pair where one other axis' few moved units were counted."""
+        simple = self._permuted[place.leaf.name]
+        if self.pairs > 1 or simple is None or len(place.others) != 1:
+            return None
+        k = next(k for k, _ in simple if k != place.dim)
+        old, new = before[place.others[0]][0], now[place.others[0]][0]
+        units = (old != new).nonzero().squeeze(-1)
+        if 4 * len(units) > len(old):
+            return None
+        left, right = self._left[place.leaf.name], self._right[place.leaf.name]
+        moved = right.index_select(k + 1, new[units]) - right.index_select(k + 1, old[units])
+        left = rows_of(left.index_select(k + 1, units), place.dim)
+        return c.baddbmm(left, rows_of(moved, place.dim).mT)
+
     def _multiply(self, place: Place, element: Element, rows: Tensor) -> Tensor:
-        return self._left_rows(place, rows) @ _rows(self._moved(place, element, rows), place.dim).mT
+        left, simple = self._left_rows(place, rows), self._permuted[place.leaf.name]
+        if self.pairs > 1 or simple is None or place.leaf.size > _SMALL:
+            return left @ rows_of(self._moved(place, element, rows), place.dim).mT
+        key = place.leaf.name, place.dim
+        if key not in self._first:
+            first = self._right[place.leaf.name][0].movedim(place.dim, 0)
+            self._first[key] = first.contiguous()
+        x = self._first[key]
+        for k, axis in simple:
+            if k != place.dim:
+                x = x.index_select(k + 1 if k < place.dim else k, element[axis][0])
+        return (left[0] @ x.flatten(1).T)[None]
 
     def _best_over(
         self, axis: Axis, element: Element, rows: Tensor, known: set[str] | None
@@ -269,10 +296,10 @@ class Contraction:
         for place in self.places[axis.name]:
             if known is not None and not set(place.others) <= known:
                 continue
-            left = _units(self._left[place.leaf.name], place, flat=False)
+            left = units_of(self._left[place.leaf.name], place, flat=False)
             left = self._take(left, rows)
-            right = _units(self._moved(place, element, rows), place, flat=False)
-            costs = _add(costs, {place.degree: left @ right.mT})
+            right = units_of(self._moved(place, element, rows), place, flat=False)
+            costs = added(costs, {place.degree: left @ right.mT})
         if not costs:
             return {}
         best = oracle(axis.group).nearest_by_degree(costs)
@@ -291,12 +318,12 @@ class Contraction:
             if place.leaf.name not in leaves:
                 continue
             n, m = self.symmetry[axis.over or ""].size, axis.size
-            left = _units(self._left[place.leaf.name], place, flat=True)
+            left = units_of(self._left[place.leaf.name], place, flat=True)
             left = self._take(left, rows)
             within = place.leaf.dims[place.dim].within
             moved = self._moved(place, element, rows, also=within)
-            c = left @ _units(moved, place, flat=True).mT
-            total = _add(total, {place.degree: c.reshape(-1, n, m, n, m).transpose(2, 3)})
+            c = left @ units_of(moved, place, flat=True).mT
+            total = added(total, {place.degree: c.reshape(-1, n, m, n, m).transpose(2, 3)})
         return total
 
     def width(self, place: Place) -> int:
@@ -306,7 +333,7 @@ class Contraction:
     def _left_rows(self, place: Place, rows: Tensor) -> Tensor:
         key = place.leaf.name, place.dim
         if key not in self._rows_left:
-            left = _rows(self._left[place.leaf.name], place.dim)
+            left = rows_of(self._left[place.leaf.name], place.dim)
             if place.leaf.size > _SMALL:  # to copy it again costs little beside the product
                 return self._take(left, rows)
             self._rows_left[key] = left
@@ -321,19 +348,26 @@ class Contraction:
     def _act(
         self, element: Element, leaf: Leaf, x: Tensor, rows: Tensor, *skip: int | None
     ) -> Tensor:
-        axes = {d.axis for k, d in enumerate(leaf.dims) if d.axis is not None and k not in skip}
         x = self._take(x, rows)
+        simple = self._permuted[leaf.name] if len(x) == 1 else None
+        if simple is not None:  # without a batch an index moves whole rows
+            x = x[0]
+            for k, axis in simple:
+                if k not in skip:
+                    x = x.index_select(k, self._take(element[axis], rows)[0])
+            return x[None]
+        axes = {d.axis for k, d in enumerate(leaf.dims) if d.axis is not None and k not in skip}
         if not axes:
             return x
         here = {name: map_element(lambda g: self._take(g, rows), element[name]) for name in axes}
-        if len(x) == 1:  # without a batch an index moves whole rows
+        if len(x) == 1:
             here = {name: map_element(lambda g: g[0], part) for name, part in here.items()}
             return self.symmetry.act_on_leaf(here, leaf, x[0], skip=skip)[None]
         return self.symmetry.act_on_leaf(here, leaf, x, skip=skip)
 
     def _take(self, x: Tensor, rows: Tensor) -> Tensor:
         """Pick networks of the batch; what there is one of serves them all."""
-        return x if len(x) == 1 or len(rows) == len(self._every) else x[rows]
+        return x if len(x) == 1 or len(rows) == self.pairs else x[rows]
 
 
 def oracle(group: Group[Any]) -> CompactGroup[Any]:
@@ -374,62 +408,8 @@ def inner_product(group: Group[Any], costs: Costs, g: Any) -> Float[Tensor, " N"
     return total if total is not None else torch.zeros(())
 
 
-def _ready(place: Place, known: set[str], solved: set[str]) -> bool:
-    """Whether all other axes of a leaf are known, but for one that is solved at the same time."""
-    return len(set(place.others) & solved) < 2 and set(place.others) <= known | solved
-
-
-def _differ(before: Element, now: Element, n: int) -> Tensor:
-    """Which networks' elements are others than before."""
-    found = torch.zeros(n, dtype=torch.bool)
-
-    def compare(old: Tensor, new: Tensor) -> Tensor:
-        nonlocal found
-        if old is not new:
-            found = found | (old != new).flatten(1).any(1)
-        return new
-
-    for name, g in now.items():
-        map_element(compare, before[name], g)
-    return found
-
-
 def _eye(c: Tensor) -> Tensor:
     return torch.eye(c.shape[-1], dtype=c.dtype, device=c.device).expand_as(c)
-
-
-def _rows(x: Tensor, k: int) -> Tensor:
-    """View a leaf (N, ...) as (N, n, coordinates of one unit)."""
-    return x.movedim(k + 1, 1).reshape(len(x), x.shape[k + 1], -1)
-
-
-def _units(x: Tensor, place: Place, *, flat: bool) -> Tensor:
-    """View a leaf by the units of an axis and of the one it is over: (N, m, n, rest)."""
-    within = place.leaf.dims[place.dim].within or 0
-    moved = x.movedim([within + 1, place.dim + 1], [1, 2])
-    moved = moved.reshape(*moved.shape[:3], -1)
-    return moved.flatten(1, 2) if flat else moved
-
-
-def _index(group: Group[Any], g: Any) -> Tensor:
-    found = monomial(group, g)
-    if found is None or found[0] is None:
-        size = group.size
-        return torch.arange(size).expand(*group.batch_shape(g), size)
-    return found[0]
-
-
-def _pairs(c: Tensor, index: Tensor) -> Tensor:
-    """Pick from (N, n, n, m, m) the blocks of units i and index_i."""
-    at = index[..., None, None, None].expand(*index.shape, 1, *c.shape[-2:])
-    return c.gather(2, at).squeeze(2)
-
-
-def _add(a: Costs, b: Costs) -> Costs:
-    total = dict(a)
-    for degree, c in b.items():
-        total[degree] = total[degree] + c if degree in total else c
-    return total
 
 
 def where(keep: Tensor, element: Any, other: Any) -> Any:

@@ -154,17 +154,14 @@ class WeightMatching(Aligner):
         symmetry = problem.symmetry
         gained = torch.zeros(len(w1), dtype=w1.dtype)
         gains = [gained]
-        stale = {
-            a.name: torch.full((len(w1),), a.name not in settled, dtype=torch.bool)
-            for a in symmetry.axes
-        }
+        every = torch.arange(len(w1))
+        stale = {a.name: every for a in symmetry.axes if a.name not in settled}
         status = Status.CONVERGED if not symmetry.axes else Status.SWEEP_LIMIT
         for _ in range(self.max_sweeps):
             for axis in symmetry.axes:
-                if not bool(stale[axis.name].any()):
+                rows = stale.pop(axis.name, every[:0])
+                if len(rows) == 0:
                     continue
-                rows = stale[axis.name].nonzero().squeeze(-1)
-                stale[axis.name] = torch.zeros_like(stale[axis.name])
                 found, gain, scale = _step(problem, axis, element, rows)
                 # Exact steps never lose; linearised ones (an axis twice in a leaf) and ties may.
                 rise = gain > tolerance(w1.dtype).gain * scale
@@ -176,12 +173,13 @@ class WeightMatching(Aligner):
                     for name, g in found.items()
                 }
                 gained = gained.index_add(0, moved, gain[rise])
-                for other in problem.neighbours(axis.name):
-                    stale[other][moved] = True
+                touched = set(problem.neighbours(axis.name))
                 if not problem.is_linear(axis.name) or problem.solved_with(axis.name):
-                    stale[axis.name][moved] = True
+                    touched.add(axis.name)
+                for other in touched:
+                    stale[other] = _union(stale[other], moved) if other in stale else moved
             gains.append(gained)
-            if not any(bool(s.any()) for s in stale.values()):
+            if not stale:
                 status = Status.CONVERGED
                 break
         weights = problem.moved(element, w1)
@@ -229,6 +227,10 @@ def _is_exact(problem: Contraction, axis: Axis) -> bool:
     return axis.over is None and not problem.solved_with(axis.name) and problem.is_linear(axis.name)
 
 
+def _union(a: Tensor, b: Tensor) -> Tensor:
+    return a if a is b or len(a) == 1 == len(b) else torch.cat([a, b]).unique()
+
+
 def _put(moved: Tensor, rise: Tensor, old: Tensor, new: Tensor) -> Tensor:
     """Replace the elements of some networks; ``rise`` is which of the new ones."""
     if len(moved) == len(old) == len(new):
@@ -247,6 +249,8 @@ def _step(
             return {}, torch.zeros(len(rows)), torch.zeros(len(rows))
         new, old = nearest(axis.group, costs), element[axis.name]
         old = old if whole else map_element(lambda part: part[rows], old)
+        if isinstance(new, Tensor) and torch.equal(new, old):
+            return {}, torch.zeros(len(rows)), torch.zeros(len(rows))
         after = inner_product(axis.group, costs, new)
         gain = after - inner_product(axis.group, costs, old)
         return {axis.name: new}, gain, after.abs()

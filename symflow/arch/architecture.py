@@ -18,12 +18,14 @@ from symflow.arch.running import mappable, tensors_of
 from symflow.arch.symmetry import Symmetry
 from symflow.arch.template import (
     canonical_names,
+    frozen_keys,
     leaves_of,
     template,
     ties_across_modules,
     within,
 )
 from symflow.arch.trace import trace
+from symflow.arch.twins import require_twin
 from symflow.arch.verify import verify
 from symflow.errors import LeafError, ShapeError
 from symflow.groups import Group
@@ -80,7 +82,12 @@ class Architecture:
     config: dict[str, Any] | None = None
 
     @staticmethod
-    def from_module(module: nn.Module, *example_inputs: Any) -> "Architecture":
+    def from_module(
+        module: nn.Module,
+        *example_inputs: Any,
+        frozen: Sequence[str] | None = None,
+        twin: "Architecture | None" = None,
+    ) -> "Architecture":
         """Trace a module, find the symmetries of its weights, and try each of them.
 
         Parameters
@@ -89,6 +96,13 @@ class Architecture:
             Any module torch.fx can trace and all of whose operations have a rule. It is copied.
         *example_inputs
             What ``forward`` takes; the first dimension is the batch.
+        frozen
+            Keys of leaves that must stay as they are: no axis on them moves. By default those
+            that do not require gradients, where others do.
+        twin
+            A smaller network of the same class, traced before. Then nothing is tried on this one,
+            which may be on the meta device: its claim is believed if it has the structure of the
+            twin's.
 
         Raises
         ------
@@ -98,7 +112,7 @@ class Architecture:
         ShapeError
             If the module does not run on the example inputs.
         SymmetryError
-            If a rule claims a symmetry that changes the output.
+            If a rule claims a symmetry that changes the output, or not that of the twin.
 
         Notes
         -----
@@ -113,11 +127,14 @@ class Architecture:
         """
         traced = template(module, example_inputs)
         names, aliases = canonical_names(traced)
-        found = trace(traced, example_inputs, names)
+        found = trace(traced, example_inputs, names, frozen_keys(module, frozen, names))
         leaves = leaves_of(traced, found.leaves, dict(aliases))
         leaves = within(leaves, {a.name: a.over for a in found.axes})
         symmetry = Symmetry(leaves, found.axes, found.fixed)
-        verify(traced, example_inputs, leaves, symmetry)
+        if twin is None:
+            verify(traced, example_inputs, leaves, symmetry)
+        else:
+            require_twin(traced, symmetry, twin.module, twin.symmetry)
         return Architecture(traced, example_inputs, leaves, symmetry, found.output, aliases)
 
     # ---------------------------------------------------------------- sizes and names

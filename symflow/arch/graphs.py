@@ -130,3 +130,42 @@ def _name(node: Any) -> str:
         return ""
     packet = getattr(node.target, "overloadpacket", node.target)
     return packet if isinstance(packet, str) else getattr(packet, "__name__", "")
+
+
+_MOVES = ("permute", "transpose")
+_TAKES = ("unbind", "select", "getitem")
+
+
+def takes_apart(node: fx.Node) -> bool:
+    """Whether an operation moves dimensions about, or takes one apart."""
+    return _name(node) in (*_MOVES, *_TAKES)
+
+
+def unstacked_dim(node: fx.Node, rank: int) -> int | None:
+    """Return the dimension of a reshaped tensor that is taken apart, place by place, later on."""
+    if _name(node) not in ("view", "reshape", "unflatten", "_unsafe_view") or rank < 3:
+        return None
+    taken = [_taken(user, node, list(range(rank))) for user in node.users]
+    first = taken[0] if taken else None
+    return first if all(found == first for found in taken) else None
+
+
+def _taken(node: fx.Node, x: fx.Node, order: list[int]) -> int | None:
+    """Return which dimension is taken apart; ``order`` says where they stand in ``x`` by now."""
+    args = list(node.args[1:]) + [node.kwargs[k] for k in ("dim",) if k in node.kwargs]
+    name = _name(node)
+    if name in _MOVES and node.args[0] is x:
+        if name == "permute":
+            flat = args[0] if isinstance(args[0], tuple | list) else args
+            moved = [order[int(str(k))] for k in flat]
+        else:
+            moved = list(order)
+            i, j = (int(str(k)) for k in args[:2])
+            moved[i], moved[j] = moved[j], moved[i]
+        taken = [_taken(user, node, moved) for user in node.users]
+        return taken[0] if taken and all(found == taken[0] for found in taken) else None
+    if name in ("unbind", "select"):
+        return order[int(str(args[0])) if args else 0]
+    if name == "getitem" and isinstance(args[0], int):
+        return order[0]
+    return None

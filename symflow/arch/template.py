@@ -1,7 +1,7 @@
 """A module before it is traced: what is refused, which keys are one parameter, its leaves."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from symflow.arch.layout import Dim, Factors, Leaf, cut
-from symflow.errors import ShapeError, SymmetryError, UnsupportedModuleError
+from symflow.errors import LeafError, ShapeError, SymmetryError, UnsupportedModuleError
 
 
 def canonical_names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
@@ -25,6 +25,32 @@ def canonical_names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str,
         for key, value in pairs:
             names[key] = first.setdefault(id(value), key)
     return names, tuple((k, v) for k, v in names.items() if k != v)
+
+
+def frozen_keys(
+    module: nn.Module, frozen: Sequence[str] | None, names: Mapping[str, str]
+) -> frozenset[str]:
+    """Return the canonical keys of the parameters that must stay as they are.
+
+    Those given, else those that do not require gradients where others do.
+
+    Raises
+    ------
+    LeafError
+        If the module has no parameter or buffer of a name.
+    """
+    if frozen is None:
+        wanted = {key: p.requires_grad for key, p in module.named_parameters()}
+        frozen = (
+            [key for key, learns in wanted.items() if not learns] if any(wanted.values()) else ()
+        )
+    unknown = sorted(set(frozen) - set(names))
+    if unknown:
+        raise LeafError(
+            f"frozen: no leaves {unknown}; the module has {sorted(names)[:12]}. Give keys of its "
+            "state dict"
+        )
+    return frozenset(names[key] for key in frozen)
 
 
 def ties_across_modules(

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from symflow.arch.finish import Trace, finish
-from symflow.arch.graphs import WRAPPED, graph_of, rotary_pairs
+from symflow.arch.graphs import WRAPPED, graph_of, rotary_pairs, takes_apart, unstacked_dim
 from symflow.arch.labels import FIXED, Atom, Label
 from symflow.arch.rules import Activation, Value, find_rule, require_rule
 from symflow.arch.tracing import Tracing
@@ -34,6 +34,9 @@ class Call:
         The module itself; for functions the traced root.
     shape
         Shape of the result on the example inputs.
+    unstacked
+        A dimension of the result that is taken apart later on (queries, keys and values made by one
+        map), if there is one.
 
     Examples
     --------
@@ -52,6 +55,7 @@ class Call:
     path: str
     module: Any
     shape: tuple[int, ...]
+    unstacked: int | None = None
 
     def new_axis(self, size: int) -> Label:
         """Open an axis for an outgoing dimension of ``size`` units."""
@@ -105,7 +109,12 @@ class Call:
         return self.target if isinstance(self.target, str) else self.target.__name__
 
 
-def trace(module: nn.Module, inputs: tuple[Any, ...], names: dict[str, str]) -> Trace:
+def trace(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    names: dict[str, str],
+    frozen: frozenset[str] = frozenset(),
+) -> Trace:
     """Trace a module and label every leaf.
 
     Parameters
@@ -116,6 +125,8 @@ def trace(module: nn.Module, inputs: tuple[Any, ...], names: dict[str, str]) -> 
         Example inputs; the first dimension of each is the batch.
     names
         From every key of the state dict to its canonical one (tied weights share a canonical key).
+    frozen
+        Canonical keys of leaves that must stay as they are.
 
     Raises
     ------
@@ -133,6 +144,9 @@ def trace(module: nn.Module, inputs: tuple[Any, ...], names: dict[str, str]) -> 
     for value in interpreter.results:
         for dim in value.dims:
             tracing.fix(dim, "read out: the order and sign of the outputs have a meaning")
+    for key in frozen & tracing.leaves.keys():
+        for dim in tracing.leaves[key]:
+            tracing.fix(dim, f"{key} is frozen")
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     return finish(tracing, interpreter.results[0].made_by, shapes)
 
@@ -185,7 +199,9 @@ class _Interpreter(fx.Interpreter):
         if find_rule(target) is None and not self._moves(args, options):
             return map_aggregate(result, _unlabelled)  # whatever it does with what stays
         rule = require_rule(target, path)
-        call = Call(self.tracing, target, path, module, shape)
+        call = Call(self.tracing, target, path, module, shape, unstacked_dim(n, len(shape)))
+        if not takes_apart(n):
+            map_aggregate((args, options), self._together)
         if isinstance(rule, Activation):
             value = call.elementwise(_first_value(args, options, path), rule)
         else:
@@ -229,6 +245,14 @@ class _Interpreter(fx.Interpreter):
 
         map_aggregate((args, options), look)
         return bool(found)
+
+    def _together(self, x: Any) -> Any:
+        """Fix what was to be taken apart, for operations that need it as a whole."""
+        if isinstance(x, Value) and x.stacked is not None:
+            for place in x.stacked[1]:
+                for dim in place.dims:
+                    self.tracing.fix(dim, "parts of a map that are used together")
+        return x
 
     def _read(self, x: Any) -> Any:
         if isinstance(x, Value):

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from symflow.arch.layout import Leaf, assemble
 from symflow.arch.running import tensors_of
 from symflow.arch.symmetry import Symmetry
+from symflow.arch.twins import require_material
 from symflow.errors import SymmetryError, UnsupportedModuleError
 from symflow.numerics import tolerance
 
@@ -49,10 +50,11 @@ def verify(
     SymmetryError
         If the function changes; it names axis, group and size of the change.
     UnsupportedModuleError
-        If the same weights and inputs give different outputs.
+        If the same weights and inputs give different outputs, or the weights have no values.
     """
     if not symmetry.axes:
         return 0.0
+    require_material(module)
     double = copy.deepcopy(module).double().eval()
     generator = torch.Generator().manual_seed(_SEED)
     worst = 0.0

@@ -1,9 +1,12 @@
 """Sums and products of tensors: residual connections, gates and attention tie axes together."""
 
 import operator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from symflow.arch.labels import FIXED, Label
 from symflow.arch.rules.elementwise import LINEAR, PLAIN
@@ -51,6 +54,24 @@ def multiply(call: "Call", x: Any, y: Any) -> Value:
 def gated(call: "Call", a: Label, b: Label) -> Label:
     """Label the product of two factors: permuted together, scaled with both."""
     return call.tracing.multiplied(a, b, f"multiplied by something that stays, at {call.path}")
+
+
+@rule(F.glu)
+@rule("glu")
+def _glu(call: "Call", x: Value, dim: int = -1) -> Value:
+    at = dim % len(x.dims)
+    half = x.shape[at] // 2
+    pieces = call.tracing.cut(x.dims[at], (half, half))
+    if pieces is None:
+        call.tracing.fix(x.dims[at], f"cut through at {call.path}")
+        return call.elementwise(x.with_dim(at, FIXED, half), PLAIN)
+    kept, gate = (x.with_dim(at, piece, half) for piece in pieces)
+    return multiply(replace(call, shape=kept.shape), kept, call.elementwise(gate, PLAIN))
+
+
+@rule(nn.GLU)
+def _glu_module(call: "Call", x: Value) -> Value:
+    return _glu(call, x, call.module.dim)
 
 
 @rule(operator.truediv)

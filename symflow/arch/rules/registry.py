@@ -71,6 +71,9 @@ class Value:
         One label for each dimension; the first one is the batch and always fixed.
     made_by
         Leaves of the linear map whose result this is, if nothing has happened to it since.
+    stacked
+        A dimension that is taken apart later on, and what the value is at each of its places:
+        queries, keys and values made by one map, say. They share no axis.
 
     Examples
     --------
@@ -82,6 +85,7 @@ class Value:
     shape: tuple[int, ...]
     dims: tuple[Label, ...]
     made_by: tuple[str, ...] = ()
+    stacked: "tuple[int, tuple[Value, ...]] | None" = None
 
     def with_dim(self, dim: int, label: Label, size: int) -> "Value":
         """Replace one dimension: its label and its size."""

@@ -35,6 +35,10 @@ def _reshape(call: "Call", x: Value, *_shape: Any, **_options: Any) -> Value:
 
 def _regroup(call: "Call", x: Value) -> Value:
     """Label a reshape: dimensions are matched in the smallest groups of equal size."""
+    if call.unstacked is not None:
+        found = _stack(call, x, call.unstacked)
+        if found is not None:
+            return found
     dims: list[Label] = []
     for old, new in _groups(x.shape, call.shape):
         labels = [x.dims[k] for k in old]
@@ -54,6 +58,30 @@ def _regroup(call: "Call", x: Value) -> Value:
         dims += pieces
     made_by = x.made_by if call.shape == x.shape else ()
     return Value(call.shape, tuple(dims), made_by)
+
+
+def _stack(call: "Call", x: Value, at: int) -> Value | None:
+    """Label a reshape one of whose dimensions is taken apart later: cut what runs over it."""
+    for old, new in _groups(x.shape, call.shape):
+        if at not in new or len(old) != 1 or new[0] != at:
+            continue
+        pieces = call.tracing.cut(
+            x.dims[old[0]], (x.shape[old[0]] // call.shape[at],) * call.shape[at]
+        )
+        sizes = tuple(call.shape[k] for k in new[1:])
+        shape = (*call.shape[:at], *call.shape[at + 1 :])
+        places: list[Value] = []
+        for piece in pieces or ():
+            inner = call.tracing.split(piece, sizes)
+            if inner is None:
+                return None
+            dims = (*x.dims[: old[0]], *inner, *x.dims[old[0] + 1 :])
+            places.append(Value(shape, dims))
+        if pieces is None or len(places[0].dims) != len(shape):
+            return None
+        whole = (FIXED,) * len(call.shape)
+        return Value(call.shape, whole, stacked=(at, tuple(places)))
+    return None
 
 
 def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -121,6 +149,8 @@ def _repeat(call: "Call", x: Value, repeats: Any, dim: Any = None, **_options: A
 @rule(operator.getitem)
 def _index(call: "Call", x: Value, key: Any) -> Value:
     keys = list(key) if isinstance(key, tuple) else [key]
+    if x.stacked is not None and isinstance(keys[0], int):
+        return x.stacked[1][keys[0]]
     if Ellipsis in keys:
         at = keys.index(Ellipsis)
         shown = len([k for k in keys if k is not None and k is not Ellipsis])
@@ -184,20 +214,42 @@ def _split(call: "Call", x: Value, split_size: Any, dim: int = 0) -> tuple[Value
 def _permute(call: "Call", x: Value, *order: Any) -> Value:
     if len(order) == 1 and not isinstance(order[0], int):
         order = tuple(order[0])
+    order = tuple(k % len(x.dims) for k in order)
+    if x.stacked is not None:
+        at, places = x.stacked
+        inner = [k - (k > at) for k in order if k != at]
+        moved = tuple(
+            Value(tuple(v.shape[k] for k in inner), tuple(v.dims[k] for k in inner)) for v in places
+        )
+        whole = (FIXED,) * len(order)
+        return Value(call.shape, whole, stacked=(order.index(at), moved))
     return Value(call.shape, tuple(x.dims[k] for k in order))
 
 
 @rule("transpose")
 @rule(torch.transpose)
 def _transpose(call: "Call", x: Value, dim0: int, dim1: int) -> Value:
-    dims = list(x.dims)
-    dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
-    return Value(call.shape, tuple(dims))
+    order = list(range(len(x.dims)))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _permute(call, x, *order)
+
+
+@rule("unbind")
+@rule(torch.unbind)
+def _unbind(call: "Call", x: Value, dim: int = 0) -> tuple[Value, ...]:
+    at = dim % len(x.dims)
+    if x.stacked is not None and x.stacked[0] == at:
+        return x.stacked[1]
+    call.tracing.fix(x.dims[at], f"single units are read at {call.path}")
+    rest = Value((*x.shape[:at], *x.shape[at + 1 :]), (*x.dims[:at], *x.dims[at + 1 :]))
+    return (rest,) * x.shape[at]
 
 
 @rule("select")
 def _select(call: "Call", x: Value, dim: int, index: int) -> Value:
     at = dim % len(x.dims)
+    if x.stacked is not None and x.stacked[0] == at:
+        return x.stacked[1][index]
     call.tracing.fix(x.dims[at], f"single units are read at {call.path}")
     return Value(call.shape, (*x.dims[:at], *x.dims[at + 1 :]))
 

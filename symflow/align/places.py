@@ -1,0 +1,97 @@
+"""Where axes are in leaves, and leaves seen by the units of an axis."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from symflow.arch import Element, Leaf
+from symflow.groups import Group, map_element, monomial
+
+Costs = dict[int, Tensor]
+
+
+@final
+@dataclass(frozen=True)
+class Place:
+    """One dimension of a learnable leaf that runs over an axis."""
+
+    leaf: Leaf
+    dim: int
+
+    @cached_property
+    def others(self) -> tuple[str, ...]:
+        """The axes of the leaf's other dimensions."""
+        return tuple(
+            d.axis for k, d in enumerate(self.leaf.dims) if k != self.dim and d.axis is not None
+        )
+
+    @property
+    def degree(self) -> int:
+        """How the axis acts there."""
+        return self.leaf.dims[self.dim].degree
+
+
+def ready(place: Place, known: set[str], solved: set[str]) -> bool:
+    """Whether all other axes of a leaf are known, but for one that is solved at the same time."""
+    return len(set(place.others) & solved) < 2 and set(place.others) <= known | solved
+
+
+def permutations(plain: set[str], leaf: Leaf) -> tuple[tuple[int, str], ...] | None:
+    """Return the dimensions of a leaf, with their axes, if nothing but permutations move it."""
+    found = tuple((k, d.axis) for k, d in enumerate(leaf.dims) if d.axis is not None)
+    simple = plain.issuperset(axis for _, axis in found)
+    return found if simple and not any(d.within is not None for d in leaf.dims) else None
+
+
+def differ(before: Element, now: Element, n: int) -> Tensor:
+    """Which networks' elements are others than before."""
+    found = torch.zeros(n, dtype=torch.bool)
+
+    def compare(old: Tensor, new: Tensor) -> Tensor:
+        nonlocal found
+        if old is not new:
+            found = found | (old != new).flatten(1).any(1)
+        return new
+
+    for name, g in now.items():
+        map_element(compare, before[name], g)
+    return found
+
+
+def rows_of(x: Tensor, k: int) -> Tensor:
+    """View a leaf (N, ...) as (N, n, coordinates of one unit)."""
+    return x.movedim(k + 1, 1).reshape(len(x), x.shape[k + 1], -1)
+
+
+def units_of(x: Tensor, place: Place, *, flat: bool) -> Tensor:
+    """View a leaf by the units of an axis and of the one it is over: (N, m, n, rest)."""
+    within = place.leaf.dims[place.dim].within or 0
+    moved = x.movedim([within + 1, place.dim + 1], [1, 2])
+    moved = moved.reshape(*moved.shape[:3], -1)
+    return moved.flatten(1, 2) if flat else moved
+
+
+def chosen(c: Tensor, index: Tensor) -> Tensor:
+    """Pick from (N, n, n, m, m) the blocks of units i and index_i."""
+    at = index[..., None, None, None].expand(*index.shape, 1, *c.shape[-2:])
+    return c.gather(2, at).squeeze(2)
+
+
+def index_of(group: Group[Any], g: Any) -> Tensor:
+    """Where an element takes each unit from; each from itself if it permutes none."""
+    found = monomial(group, g)
+    if found is None or found[0] is None:
+        size = group.size
+        return torch.arange(size).expand(*group.batch_shape(g), size)
+    return found[0]
+
+
+def added(a: Costs, b: Costs) -> Costs:
+    """Add costs degree by degree."""
+    total = dict(a)
+    for degree, c in b.items():
+        total[degree] = total[degree] + c if degree in total else c
+    return total
