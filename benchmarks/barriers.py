@@ -34,7 +34,7 @@ import symflow
 from symflow import align
 from symflow.arch import Architecture
 from symflow.errors import UnsupportedModuleError
-from symflow.evaluate import Barrier, barrier
+from symflow.evaluate import Barrier, Split, barrier
 from symflow.files import save_json
 from symflow.flows import FanIn
 
@@ -114,9 +114,10 @@ ALIGNERS: dict[str, Callable[[Architecture, _Loss, Tensor], align.Aligner]] = {
 }
 
 
-def variants(subject: Subject) -> Iterator[tuple[str, str, bool, bool]]:
+def variants(subject: Subject) -> Iterator[tuple[str, Split, bool, bool]]:
     """Yield the name, the split, and whether statistics are reset and a temperature is fitted."""
-    for split in ("test", "train"):
+    splits: tuple[Split, ...] = ("test", "train")
+    for split in splits:
         for reset in (False, True)[: 1 + subject.statistics]:
             yield f"{split}{', reset' if reset else ''}", split, reset, False
     for reset in (False, True)[: 1 + subject.statistics]:
@@ -288,7 +289,7 @@ def draw(report: dict[str, Any]) -> None:
     }
     for column, subject in zip(axes.T, subjects, strict=True):
         rows = [row for row in report["rows"] if row["subject"] == subject]
-        found = dict(rows[0]["controls"])
+        found = {name: rows[0]["controls"][name] for name in (NAIVE, PROJECTED)}
         found |= {row["aligner"]: row["barriers"] for row in rows if "aligner" in row}
         shown = [name for name in colours if name in found[NAIVE]]
         for ax, figure_name in zip(column, ("loss_barrier", "accuracy_barrier"), strict=True):
@@ -314,7 +315,7 @@ def draw(report: dict[str, Any]) -> None:
             )
         column[0].invert_yaxis()  # the columns share it
         column[0].set_title(subject)
-        column[0].legend(fontsize=8)
+        column[0].legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
     figure.suptitle(f"Test data, mean of {PAIRS} pairs of networks and its 95 % interval")
     figure.savefig(record.RESULTS / "barriers.svg", metadata={"Date": None})
 

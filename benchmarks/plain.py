@@ -1,7 +1,6 @@
 """The published plain coordinate descent, written as plainly as it was published.
 
-Ainsworth, Hayase and Srinivasa (Git Re-Basin, 2023), algorithm 1: what other implementations do, and
-what alignment is timed against.
+Ainsworth, Hayase and Srinivasa (Git Re-Basin, 2023), algorithm 1: what alignment is timed against.
 """
 
 import torch
@@ -13,7 +12,9 @@ from symflow import Architecture
 Placed = tuple[str, int]
 
 
-def specification(arch: Architecture) -> tuple[dict[str, list[Placed]], dict[str, list[str | None]]]:
+def specification(
+    arch: Architecture,
+) -> tuple[dict[str, list[Placed]], dict[str, list[str | None]]]:
     """Return where each axis is (parameter, dimension), and the axes of each parameter."""
     places: dict[str, list[Placed]] = {axis.name: [] for axis in arch.axes}
     axes: dict[str, list[str | None]] = {}

@@ -95,9 +95,10 @@ class Siren(nn.Module):
         ins = (2, *(width,) * (layers - 1))
         self.layers = nn.ModuleList(nn.Linear(n, width) for n in ins)
         self.last = nn.Linear(width, 3)
-        for k, layer in enumerate([*self.layers, self.last]):
-            bound = 1 / 2 if k == 0 else (6 / width) ** 0.5 / 30
-            nn.init.uniform_(layer.weight, -bound, bound)
+        for k, n in enumerate((*ins, width)):
+            bound = 1 / 2 if k == 0 else (6 / n) ** 0.5 / 30
+            layer = self.last if k == layers else self.layers[k]
+            nn.init.uniform_(layer.get_parameter("weight"), -bound, bound)
 
     def forward(self, x: Any) -> Any:
         for layer in self.layers:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import record
 
-BENCHMARKS = ("geometry", "zoo", "nn", "demo", "architectures")
+BENCHMARKS = ("geometry", "zoo", "nn", "demo", "architectures", "align")
 
 
 def main() -> int:

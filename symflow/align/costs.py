@@ -15,6 +15,7 @@ from symflow.align.places import (
     differ,
     index_of,
     permutations,
+    permute,
     ready,
     rows_of,
     units_of,
@@ -181,15 +182,19 @@ class Contraction:
 
     def moved(self, element: Element, w1: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         """Return the networks where the element takes them: one network leaf by leaf, in O(D)."""
-        if len(w1) != 1:
+        if len(w1) != 1 and w1.numel() <= _SMALL:
             return self.symmetry.act(element, w1)
         found = w1.clone()
         sizes = [leaf.size for leaf in self.symmetry.leaves]
         pieces = zip(self.symmetry.leaves, w1.split(sizes, 1), found.split(sizes, 1), strict=True)
         for leaf, x, target in pieces:
-            if self._permuted[leaf.name] != ():
-                shape = (1, *leaf.shape)
-                target.view(shape).copy_(self._act(element, leaf, x.view(shape), self._every))
+            simple = self._permuted[leaf.name]
+            if simple is None or len(simple) > 1 or (simple and len(w1) > 1):
+                moved = self._act(element, leaf, x.unflatten(1, leaf.shape), self._every)
+                target.copy_(moved.flatten(1))
+            elif simple:  # straight to its place
+                (k, axis), shape = simple[0], leaf.shape
+                torch.index_select(x.view(shape), k, element[axis][0], out=target.view(shape))
         return found
 
     def _costs(
@@ -200,14 +205,13 @@ class Contraction:
         rows: Tensor,
         weights: Mapping[str, Tensor] | None,
     ) -> Costs:
-        # Where every degree acts alike there is one matrix, whatever the degrees.
-        alike = self._alike[axis]
+        alike = self._alike[axis]  # then there is one matrix, whatever the degrees
         total = self._fixed(axis, [p for p in places if not p.others], weights, alike)
         total = {degree: self._take(c, rows) for degree, c in total.items()}
         for place in places:
             if place.others:
-                c = {1 if alike else place.degree: self._product(place, element, rows)}
-                total = added(total, c)
+                degree = 1 if alike else place.degree
+                total = added(total, {degree: self._product(place, element, rows)})
         return total
 
     def _fixed(
@@ -216,18 +220,17 @@ class Contraction:
         """Contract the leaves that no other axis touches; but for weights, which vary, once."""
         if weights is None and axis in self._constant:
             return self._constant[axis]
-        total: Costs = {}
+        sides: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for place in places:
             left = self._left_rows(place, self._every)
             if weights is not None:
                 left = left * weights[place.leaf.name].to(left)
             right = rows_of(self._right[place.leaf.name], place.dim)
-            degree = 1 if alike else place.degree
-            if degree in total:
-                left = left.expand(len(right), -1, -1)
-                total[degree] = total[degree].baddbmm_(left, right.mT)
-            else:
-                total[degree] = left @ right.mT
+            sides.setdefault(1 if alike else place.degree, []).append((left, right))
+        total: Costs = {}
+        for degree, pairs in sides.items():  # one product for all leaves
+            left, right = (torch.cat(x, 2) for x in zip(*pairs, strict=True))
+            total[degree] = left @ right.mT
         if weights is None:
             self._constant[axis] = total
         return total
@@ -242,8 +245,6 @@ class Contraction:
                 self._kept[key] = now, c
             return c
         before, c = self._kept[key]
-        if all(before[name] is now[name] for name in now):
-            return self._take(c, rows)
         todo = rows[differ(before, now, self.pairs)[rows]]
         if len(todo) == self.pairs:
             c = self._corrected(place, before, now, c)
@@ -277,17 +278,21 @@ class Contraction:
 
     def _multiply(self, place: Place, element: Element, rows: Tensor) -> Tensor:
         left, simple = self._left_rows(place, rows), self._permuted[place.leaf.name]
-        if self.pairs > 1 or simple is None or place.leaf.size > _SMALL:
+        small = place.leaf.size <= _SMALL
+        if simple is None or not (small and (self.pairs == 1 or len(place.leaf.dims) == 2)):
             return left @ rows_of(self._moved(place, element, rows), place.dim).mT
-        key = place.leaf.name, place.dim
+        # Whole rows are moved: of one pair they stand behind the axis, of many before it.
+        key, front = (place.leaf.name, place.dim), self.pairs == 1
         if key not in self._first:
-            first = self._right[place.leaf.name][0].movedim(place.dim, 0)
-            self._first[key] = first.contiguous()
-        x = self._first[key]
+            x = self._right[place.leaf.name]
+            x = x.movedim(place.dim + 1, 1 if front else 2)
+            self._first[key] = x.contiguous()
+        x = self._take(self._first[key], rows)
         for k, axis in simple:
             if k != place.dim:
-                x = x.index_select(k + 1 if k < place.dim else k, element[axis][0])
-        return (left[0] @ x.flatten(1).T)[None]
+                at = (k + 2 if k < place.dim else k + 1) if front else 1
+                x = permute(x, at, self._take(element[axis], rows))
+        return left @ (x.flatten(2).mT if front else x)
 
     def _best_over(
         self, axis: Axis, element: Element, rows: Tensor, known: set[str] | None
@@ -349,13 +354,12 @@ class Contraction:
         self, element: Element, leaf: Leaf, x: Tensor, rows: Tensor, *skip: int | None
     ) -> Tensor:
         x = self._take(x, rows)
-        simple = self._permuted[leaf.name] if len(x) == 1 else None
-        if simple is not None:  # without a batch an index moves whole rows
-            x = x[0]
+        simple = self._permuted[leaf.name]
+        if simple is not None:
             for k, axis in simple:
                 if k not in skip:
-                    x = x.index_select(k, self._take(element[axis], rows)[0])
-            return x[None]
+                    x = permute(x, k + 1, self._take(element[axis], rows))
+            return x
         axes = {d.axis for k, d in enumerate(leaf.dims) if d.axis is not None and k not in skip}
         if not axes:
             return x
@@ -367,7 +371,7 @@ class Contraction:
 
     def _take(self, x: Tensor, rows: Tensor) -> Tensor:
         """Pick networks of the batch; what there is one of serves them all."""
-        return x if len(x) == 1 or len(rows) == self.pairs else x[rows]
+        return x if x.shape[0] == 1 or rows.shape[0] == self.pairs else x[rows]
 
 
 def oracle(group: Group[Any]) -> CompactGroup[Any]:
@@ -396,7 +400,8 @@ def inner_product(group: Group[Any], costs: Costs, g: Any) -> Float[Tensor, " N"
     total: Tensor | None = None
     for degree, c in costs.items():
         if found is None:
-            power = group.act(g, _eye(c), dim=-2, degree=degree if degree else 1)
+            eye = torch.eye(c.shape[-1], dtype=c.dtype, device=c.device).expand_as(c)
+            power = group.act(g, eye, dim=-2, degree=degree if degree else 1)
             value = (power * c).sum((-2, -1))
         else:
             index, scales = found
@@ -405,11 +410,7 @@ def inner_product(group: Group[Any], costs: Costs, g: Any) -> Float[Tensor, " N"
                 picked = c.gather(-1, index[..., None]).squeeze(-1)
             value = (picked if scales is None else picked * scales.to(c) ** degree).sum(-1)
         total = value if total is None else total + value
-    return total if total is not None else torch.zeros(())
-
-
-def _eye(c: Tensor) -> Tensor:
-    return torch.eye(c.shape[-1], dtype=c.dtype, device=c.device).expand_as(c)
+    return torch.zeros(()) if total is None else total
 
 
 def where(keep: Tensor, element: Any, other: Any) -> Any:

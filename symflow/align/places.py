@@ -46,6 +46,17 @@ def permutations(plain: set[str], leaf: Leaf) -> tuple[tuple[int, str], ...] | N
     return found if simple and not any(d.within is not None for d in leaf.dims) else None
 
 
+def permute(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Pick along a dimension of x (N, ...) by an index (N, n): whole rows where that can be."""
+    if x.shape[0] == 1 == index.shape[0]:
+        return x.index_select(dim, index[0])
+    if dim == 1 and len(x) == len(index):
+        start = torch.arange(len(x))[:, None] * x.shape[1]
+        return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(x.shape)
+    at = index.reshape(len(index), *(1,) * (dim - 1), -1, *(1,) * (x.ndim - dim - 1))
+    return torch.take_along_dim(x, at, dim)
+
+
 def differ(before: Element, now: Element, n: int) -> Tensor:
     """Which networks' elements are others than before."""
     found = torch.zeros(n, dtype=torch.bool)

@@ -43,8 +43,9 @@ class WeightMatching(Aligner):
         ``"random"``: the same with random factors on the coordinates of fixed axes.
         ``"identity"``: the networks as they are; *not* the same everywhere on an orbit, so
         ``Quotient.distance`` never uses it. By default the first two, but for networks of more than
-        65,536 learnable weights the first alone: to begin again there costs as much and gains next
-        to nothing (``benchmarks/align.py``).
+        65,536 learnable weights the first alone: to begin again costs as much there, and gained
+        nothing between networks as initialised (``benchmarks/align.py``). Between trained ones it
+        may gain: then give both.
     max_sweeps
         Give up improving after so many passes over all axes.
     seed
@@ -111,12 +112,14 @@ class WeightMatching(Aligner):
         left, right = (
             w.detach().expand(*batch, w.shape[-1]).reshape(-1, w.shape[-1]) for w in (w0, w1)
         )
+
+        def rows(part: Tensor, own: int) -> Tensor:
+            shape = part.shape[own:]
+            return part.expand(*batch, *shape).reshape(-1, *shape)
+
         flat = {
             a.name: map_element(
-                lambda part, own=len(symmetry.batch_shape(a, element[a.name])): part.expand(
-                    *batch, *part.shape[own:]
-                ).reshape(-1, *part.shape[own:]),
-                element[a.name],
+                partial(rows, own=len(symmetry.batch_shape(a, element[a.name]))), element[a.name]
             )
             for a in symmetry.axes
         }

@@ -1,6 +1,7 @@
 """Architectures: leaves, axes, and the symmetry of a network's weights."""
 
 from symflow.arch.architecture import Architecture, StateDict, Weights
+from symflow.arch.fold import Folded, fold_gains
 from symflow.arch.labels import FIXED, Atom, Label
 from symflow.arch.layout import Axis, Dim, Leaf
 from symflow.arch.mlp import from_config, mlp
@@ -17,12 +18,14 @@ __all__ = [
     "Call",
     "Dim",
     "Element",
+    "Folded",
     "Label",
     "Leaf",
     "StateDict",
     "Symmetry",
     "Value",
     "Weights",
+    "fold_gains",
     "from_config",
     "mlp",
     "rule",

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from symflow.arch.checks import require_finite, require_names
 from symflow.arch.layout import Axis, Leaf, assemble
 from symflow.arch.running import mappable, tensors_of
 from symflow.arch.symmetry import Symmetry
@@ -246,7 +247,7 @@ class Architecture:
             flat = self.flatten(w, name=name)
         else:
             flat = self._stack(w, name)
-        self._refuse_nonfinite(flat, name)
+        require_finite(self.leaves, flat, name)
         return flat
 
     def _stack(self, w: Any, name: str) -> Tensor:
@@ -278,7 +279,7 @@ class Architecture:
             If a leaf is missing, unknown, misshapen, or dtypes or devices are mixed.
         """
         state = source.state_dict() if isinstance(source, nn.Module) else source
-        self._check_names(state, name)
+        require_names(self.leaves, self.module, state, name)
         own = self.module.state_dict()
         keys = list(dict.fromkeys(leaf.key for leaf in self.leaves))
         first, shape = state[keys[0]], own[keys[0]].shape
@@ -412,32 +413,3 @@ class Architecture:
     @cached_property
     def _ties(self) -> tuple[tuple[str, str], ...]:
         return ties_across_modules(self.module, self.aliases)
-
-    # ---------------------------------------------------------------- checks
-
-    def _check_names(self, state: StateDict, name: str) -> None:
-        wanted = {leaf.key for leaf in self.leaves}
-        missing = sorted(wanted - set(state))
-        if missing:
-            raise LeafError(
-                f"{name}: missing leaves {missing}; it has {sorted(state)[:12]}. Pass the whole "
-                "state dict of a network of this architecture"
-            )
-        unknown = sorted(set(state) - set(self.module.state_dict()))
-        if unknown:
-            raise LeafError(
-                f"{name}: unknown leaves {unknown}; the architecture has {sorted(wanted)[:12]}. "
-                "Drop them, or trace the module that they belong to"
-            )
-
-    def _refuse_nonfinite(self, w: Tensor, name: str) -> None:
-        if bool(w.detach().isfinite().all()):
-            return
-        for leaf in self.leaves:
-            part = w.detach()[..., leaf.span]
-            bad = int((~part.isfinite()).sum())
-            if bad:
-                raise LeafError(
-                    f"{name}: leaf {leaf.name!r} holds {bad} NaN or infinite value(s): this "
-                    "network has diverged; leave it out"
-                )

@@ -18,6 +18,7 @@ from symflow.groups import (
     invert,
     map_element,
     monomial,
+    reorder,
 )
 
 Element = dict[str, Any]
@@ -296,20 +297,6 @@ class Symmetry:
                 at += 1
             x = group.act(g[dim.axis], moved, dim=at, degree=dim.degree).movedim(front, unit)
         return x
-
-
-def reorder(g: Any, index: Tensor) -> Any:
-    """Pick elements by an index (*batch, n) of their last batch dimension."""
-
-    def pick(part: Tensor) -> Tensor:
-        batch = index.ndim - 1
-        inner = part.ndim - index.ndim
-        lead = torch.broadcast_shapes(part.shape[:batch], index.shape[:-1])
-        at = index.expand(*lead, -1).reshape(*lead, -1, *(1,) * inner)
-        wide = part.expand(*lead, *part.shape[batch:])
-        return torch.take_along_dim(wide, at, batch)
-
-    return map_element(pick, g)
 
 
 def _lift(g: Any, dims: int) -> Any:

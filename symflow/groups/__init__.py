@@ -7,9 +7,11 @@ from symflow.groups.base import (
     ScalingGroup,
     along,
     map_element,
+    reorder,
 )
 from symflow.groups.cyclic import CyclicShift
 from symflow.groups.diagonal import DiagonalGroup, PositiveScale, Sign
+from symflow.groups.heads import Heads
 from symflow.groups.linear import GeneralLinear, MatrixGroup, Orthogonal
 from symflow.groups.permutation import Permutation, PermutingGroup, assignment, invert
 from symflow.groups.product import CompactProduct, NoncompactProduct, monomial
@@ -23,6 +25,7 @@ __all__ = [
     "DiagonalGroup",
     "GeneralLinear",
     "Group",
+    "Heads",
     "MatrixGroup",
     "NoncompactGroup",
     "NoncompactProduct",
@@ -41,4 +44,5 @@ __all__ = [
     "invert",
     "map_element",
     "monomial",
+    "reorder",
 ]

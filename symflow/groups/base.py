@@ -78,6 +78,27 @@ def map_element(function: Callable[..., Tensor], g: Any, *others: Any) -> Any:
     return function(g, *others)
 
 
+def reorder(g: Any, index: Tensor) -> Any:
+    """Pick elements by an index (*batch, n) of their last batch dimension.
+
+    Examples
+    --------
+    >>> reorder(torch.tensor([[1.0], [2.0]]), torch.tensor([1, 0]))
+    tensor([[2.],
+            [1.]])
+    """
+
+    def pick(part: Tensor) -> Tensor:
+        batch = index.ndim - 1
+        inner = part.ndim - index.ndim
+        lead = torch.broadcast_shapes(part.shape[:batch], index.shape[:-1])
+        at = index.expand(*lead, -1).reshape(*lead, -1, *(1,) * inner)
+        wide = part.expand(*lead, *part.shape[batch:])
+        return torch.take_along_dim(wide, at, batch)
+
+    return map_element(pick, g)
+
+
 class Group(ABC, Generic[E]):
     """A group that acts linearly on an axis of ``size`` coordinates.
 

@@ -127,17 +127,25 @@ def assignment(c: Float[Tensor, "*batch n m"]) -> Int[Tensor, "*batch n"]:
     """
     from scipy.optimize import linear_sum_assignment  # deferred: keeps `import symflow` light
 
-    x = c.detach()
-    if c.shape[-2] == c.shape[-1] and c.shape[-1] >= _WIDE:
-        # What each row and then each column lacks of its greatest entry: the same assignments are
-        # the best, and a third less work, as most of the shortest paths have length zero.
-        x = x.to(torch.float64)
-        x = x.amax(-1, keepdim=True) - x
-        x = x.sub_(x.amin(-2, keepdim=True)).neg_()
-    matrices = x.to("cpu", torch.float64).reshape(-1, *c.shape[-2:]).numpy()
-    if len(matrices) == 1:
-        found = linear_sum_assignment(matrices[0], maximize=True)[1]
-        return torch.from_numpy(found).reshape(c.shape[:-1]).to(c.device)
-    columns = [linear_sum_assignment(m, maximize=True)[1] for m in matrices]
+    square = c.shape[-2] == c.shape[-1] and c.shape[-1] >= _WIDE
+    matrices = c.detach().to("cpu").reshape(-1, *c.shape[-2:])
+    matrices = matrices if square else matrices.to(torch.float64)
+    columns = [
+        linear_sum_assignment((_reduced(m) if square else m).numpy(), maximize=True)[1]
+        for m in matrices
+    ]
+    if len(columns) == 1:
+        return torch.from_numpy(columns[0].astype(np.int64)).reshape(c.shape[:-1]).to(c.device)
     stacked = np.stack(columns) if columns else np.zeros((0, c.shape[-2]), dtype=np.int64)
     return torch.from_numpy(stacked.astype(np.int64)).reshape(c.shape[:-1]).to(c.device)
+
+
+def _reduced(c: Tensor) -> Tensor:
+    """Take from each row, then from each column, its greatest entry.
+
+    The same assignments are the best, and are found with a third less work: most of the solver's
+    shortest paths have length zero.
+    """
+    x = c.to(torch.float64)
+    x = x - x.amax(-1, keepdim=True)
+    return x.sub_(x.amax(-2, keepdim=True))

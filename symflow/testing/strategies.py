@@ -21,7 +21,9 @@ from symflow.arch import Symmetry
 from symflow.groups import (
     CompactProduct,
     Group,
+    Heads,
     NoncompactProduct,
+    Orthogonal,
     Permutation,
     Phases,
     PositiveScale,
@@ -257,6 +259,14 @@ for _kind in (Phases, Rotary):
             st.sampled_from(["half", "interleaved"]),
         ),
     )
+register(
+    Heads,
+    st.builds(
+        lambda m, inner: Heads(m * inner.size, inner),
+        st.integers(1, 3),
+        st.sampled_from([Orthogonal(2), Sign(2), Permutation(2), Permutation(2) @ Sign(2)]),
+    ),
+)
 register(CompactProduct, _sized(lambda n: Permutation(n) @ Sign(n)))
 register(
     NoncompactProduct,
