@@ -8,6 +8,7 @@ Writes align.json and align_scaling.svg.
 """
 
 import contextlib
+import importlib
 import io
 import itertools
 import json
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 import symflow
 
 sys.path.append(str(record.ROOT / "tests"))
-from catalogue import resnet20
+resnet20 = importlib.import_module("catalogue").resnet20
 
 SEED = 0
 THREADS = 1  # two of them spin for each other when the machine is shared
@@ -83,14 +84,14 @@ def rebasin(a: nn.Module, b: nn.Module, example: Tensor) -> tuple[float, float] 
         return None
     sys.path.append(REBASIN)
     try:
-        from rebasin import PermutationCoordinateDescent
+        package = importlib.import_module("rebasin")
     except ImportError:
         return None
     finally:
         sys.path.remove(REBASIN)
     with silent():
         began = time.perf_counter()
-        found = PermutationCoordinateDescent(a, b, example)
+        found = package.PermutationCoordinateDescent(a, b, example)
         found.calculate_permutations()
         found.apply_permutations()
         seconds = time.perf_counter() - began
@@ -121,7 +122,7 @@ def cell(
         a, b = drawn(make, 2 * r), drawn(make, 2 * r + 1)
         w0, w1 = arch.flatten(a), arch.flatten(b)
         x, y = arch.unflatten(w0), arch.unflatten(w1)
-        symflow.WeightMatching()(arch.symmetry, w0, w1)
+        found = symflow.WeightMatching()(arch.symmetry, w0, w1)
         for k in range(5):  # in turn, so that both see the same machine
             began = time.perf_counter()
             found = symflow.WeightMatching()(arch.symmetry, w0, w1)

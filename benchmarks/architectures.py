@@ -174,7 +174,9 @@ def tangent(arch: Architecture, w: Tensor) -> Tensor:
         for path, step in steps(axis.group, identity[axis.name]):
             ends = []
             for sign in (1, -1):
-                g = dict(identity) | {axis.name: moved(identity[axis.name], path, sign * STEP * step)}
+                g = dict(identity) | {
+                    axis.name: moved(identity[axis.name], path, sign * STEP * step)
+                }
                 ends.append(symmetry.act(g, w)[:count])
             rows.append((ends[0] - ends[1])[None] / (2 * STEP))
     return torch.cat(rows)
@@ -230,7 +232,8 @@ def spans(arch: Architecture, w: Tensor, slope: Tensor) -> dict[str, Tensor]:
             constants.append(direction)
         for k, dim in enumerate(leaf.dims):  # what is read behind a centring norm with this gain
             for gain in arch.leaves:
-                if dim.axis and dim.axis in gain.axes and gain.size == leaf.shape[k]:
+                same = dim.axis is not None and dim.axis in gain.axes
+                if same and gain.learnable and gain.size == leaf.shape[k]:
                     rest = places.movedim(k, 0).reshape(leaf.shape[k], -1)
                     direction = torch.zeros(rest.shape[1], count, dtype=torch.float64)
                     values = (1 / w[gain.span])[None].expand(rest.shape[1], -1)

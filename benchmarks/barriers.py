@@ -25,6 +25,7 @@ from typing import Any
 import matplotlib as mpl
 import record
 import torch
+from matplotlib.patches import Patch
 from recovery import VisionTransformer
 from scipy.stats import t as student
 from torch import Tensor, nn
@@ -306,7 +307,6 @@ def draw(report: dict[str, Any]) -> None:
                     ],
                     color=colours[variant],
                     error_kw={"elinewidth": 0.8},
-                    label=variant,
                 )
             ax.set_yticks(range(len(found)), list(found))
             ax.set_xlim(left=0)
@@ -315,7 +315,8 @@ def draw(report: dict[str, Any]) -> None:
             )
         column[0].invert_yaxis()  # the columns share it
         column[0].set_title(subject)
-        column[0].legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2)
+    bars = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=bars, loc="outside lower center", ncols=len(bars))
     figure.suptitle(f"Test data, mean of {PAIRS} pairs of networks and its 95 % interval")
     figure.savefig(record.RESULTS / "barriers.svg", metadata={"Date": None})
 

@@ -19,7 +19,7 @@ import symflow
 from symflow.align import align_files
 
 sys.path.append(str(record.ROOT / "tests"))
-from catalogue_attention import pretrained
+pretrained = importlib.import_module("catalogue_attention").pretrained
 
 BERT = {
     "vocab_size": 23,

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import record
 
-BENCHMARKS = ("geometry", "zoo", "nn", "demo", "architectures", "align")
+BENCHMARKS = (
+    "geometry",
+    "zoo",
+    "nn",
+    "demo",
+    "architectures",
+    "align",
+    "recovery",
+    "barriers",
+    "average",
+)
 
 
 def main() -> int:

@@ -308,11 +308,11 @@ CATALOGUE = (
     Entry(
         "decoder of transposed convolutions",
         lambda: nn.Sequential(
-            *(nn.Linear(3, 16), nn.ReLU(), nn.Unflatten(1, (4, 2, 2))),
-            *(nn.ConvTranspose2d(4, 5, 2, 2), nn.ReLU(), nn.ConvTranspose2d(5, 1, 2, 2)),
+            *(nn.Linear(3, 32), nn.ReLU(), nn.Unflatten(1, (8, 2, 2))),
+            *(nn.ConvTranspose2d(8, 5, 2, 2), nn.ReLU(), nn.ConvTranspose2d(5, 1, 2, 2)),
         ),
         _ROW,
-        ("4 perm scale", "5 perm scale"),
+        ("8 perm scale", "5 perm scale"),
     ),
     Entry(
         "MobileNet block: depthwise and pointwise",

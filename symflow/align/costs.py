@@ -138,7 +138,11 @@ class Contraction:
         if found.over is not None:
             return self._best_over(found, element, rows, known)
         names = {a.name for a in inner}
-        usable = [p for p in self.places[axis] if known is None or ready(p, known, names)]
+        # With two axes over this one in a leaf, what a pair has in common there depends on how the
+        # other one stands at units that were never compared.
+        over = {a.name for a in self.symmetry.over(axis)}
+        usable = [p for p in self.places[axis] if len(set(p.others) & over) < 2]
+        usable = [p for p in usable if known is None or ready(p, known, names)]
         plain = [p for p in usable if not names & set(p.others)]
         costs = self._costs(axis, plain, element, rows, weights)
         if not inner:
@@ -162,14 +166,6 @@ class Contraction:
     def costs(self, axis: str, element: Element, rows: Tensor) -> Costs:
         """Return C (N, n, n) by degree for the networks ``rows`` of the batch."""
         return self._costs(axis, self.places[axis], element, rows, None)
-
-    def gain(self, axis: str, costs: Costs, new: Any, old: Any) -> Float[Tensor, " N"]:
-        """Return by how much the (linear) objective rises from one element of an axis to another.
-
-        Exact if the axis occurs once in each leaf; O(n) for permutations.
-        """
-        group = self.symmetry[axis].group
-        return inner_product(group, costs, new) - inner_product(group, costs, old)
 
     def value(self, names: set[str], element: Element, rows: Tensor) -> Float[Tensor, " N"]:
         """Return the inner product of the leaves that run over one of these axes."""

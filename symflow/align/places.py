@@ -64,7 +64,7 @@ def differ(before: Element, now: Element, n: int) -> Tensor:
     def compare(old: Tensor, new: Tensor) -> Tensor:
         nonlocal found
         if old is not new:
-            found = found | (old != new).flatten(1).any(1)
+            found = found | (old != new)[:, None].flatten(1).any(1)
         return new
 
     for name, g in now.items():

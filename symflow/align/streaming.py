@@ -62,7 +62,7 @@ def align_files(
 
     Axes that share no leaf are independent of each other: a network is read, aligned and written in
     as many parts as there are groups of axes that hang together. So a transformer takes the memory
-    of one of its layers, and a network with one residual stream about three times its weights.
+    of one of its layers, and a network with one residual stream about four times its weights.
 
     Parameters
     ----------
