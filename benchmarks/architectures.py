@@ -46,7 +46,7 @@ KINDS = {
     "centring": "what a norm subtracts: a constant added to all units that it centres, or read "
     "behind it (divided by the gain)",
     "uniform": "one scale of all units at once, from one leaf to the next",
-    "products": "a matrix beside, or behind, a product of two (low rank, too few inputs or outputs)",
+    "products": "a matrix beside, or behind, a product of two (low rank, few inputs or outputs)",
 }
 
 
@@ -279,7 +279,8 @@ def run() -> None:
         row = rows[-1]
         print(
             f"{entry.name}: {row['found']}, dimension {row['continuous_dimension']} of "
-            f"{row['jacobian_nullity']} {row['excess_by_kind']}, changed by {row['relative_change']['median']:.1e}",
+            f"{row['jacobian_nullity']} {row['excess_by_kind']}, changed by "
+            f"{row['relative_change']['median']:.1e}",
             flush=True,
         )
     if names:

@@ -80,7 +80,7 @@ def vertex(symmetry: Symmetry, element: Element, like: Tensor) -> Point:
     --------
     >>> import symflow
     >>> symmetry, like = symflow.mlp([1, 2, 1], "gelu").symmetry, torch.zeros(1, 7)
-    >>> vertex(symmetry, {"h1": torch.tensor([[1, 0]])}, like)["h1", EVEN]
+    >>> vertex(symmetry, {"h1": torch.tensor([[1, 0]])}, like)["h1", ODD]
     tensor([[[0., 1.],
              [1., 0.]]])
     """
@@ -100,7 +100,7 @@ def barycentre(symmetry: Symmetry, like: Float[Tensor, "N D"]) -> Point:
     Examples
     --------
     >>> import symflow
-    >>> barycentre(symflow.mlp([1, 2, 1], "gelu").symmetry, torch.zeros(1, 7))["h1", EVEN]
+    >>> barycentre(symflow.mlp([1, 2, 1], "gelu").symmetry, torch.zeros(1, 7))["h1", ODD]
     tensor([[[0.5000, 0.5000],
              [0.5000, 0.5000]]])
     """

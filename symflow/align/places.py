@@ -1,5 +1,6 @@
 """Where axes are in leaves, and leaves seen by the units of an axis."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
@@ -74,14 +75,15 @@ def differ(before: Element, now: Element, n: int) -> Tensor:
 
 def rows_of(x: Tensor, k: int) -> Tensor:
     """View a leaf (N, ...) as (N, n, coordinates of one unit)."""
-    return x.movedim(k + 1, 1).reshape(len(x), x.shape[k + 1], -1)
+    rest = math.prod(x.shape[1:]) // max(1, x.shape[k + 1])  # -1 has no meaning without networks
+    return x.movedim(k + 1, 1).reshape(len(x), x.shape[k + 1], rest)
 
 
 def units_of(x: Tensor, place: Place, *, flat: bool) -> Tensor:
     """View a leaf by the units of an axis and of the one it is over: (N, m, n, rest)."""
     within = place.leaf.dims[place.dim].within or 0
     moved = x.movedim([within + 1, place.dim + 1], [1, 2])
-    moved = moved.reshape(*moved.shape[:3], -1)
+    moved = moved.reshape(*moved.shape[:3], math.prod(moved.shape[3:]))
     return moved.flatten(1, 2) if flat else moved
 
 

@@ -86,6 +86,8 @@ class WeightMatching(Aligner):
         left = w0.detach().reshape(-1, w0.shape[-1])
         if left.shape[0] > 1:
             left = w0.detach().expand(*batch, w0.shape[-1]).reshape(-1, w0.shape[-1])
+        if not len(right):
+            return self._result(w0, w1, _nothing(symmetry, right), batch, began)
         problem = Contraction(symmetry, left, right)
         best = self._ascend(problem, left, right, 0)
         for k in range(1, len(self._starts(symmetry))):
@@ -266,6 +268,15 @@ def _step(
     }
     after = problem.value(names, trial, rows)
     return found, after - before, after.abs()
+
+
+def _nothing(symmetry: Symmetry, w: Tensor) -> "_Ascent":
+    """Return the result for no networks."""
+    element = {
+        name: map_element(lambda part: part.expand(0, *part.shape), g)
+        for name, g in symmetry.identity(like=w).items()
+    }
+    return _Ascent(element, w, w[None, :, 0], Status.CONVERGED)
 
 
 @dataclass(frozen=True)

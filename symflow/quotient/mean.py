@@ -26,9 +26,9 @@ def frechet_mean(
 
     Generalised Procrustes analysis (Gower, 1975): align each point to the current mean of the
     others, average them in the tangent space there, go to the nearest point of the section. Starts
-    at the first point and ends as soon as the sum of squares does not fall any more: neither the alignment,
-    which is a heuristic, nor the average in a tangent space promises that it does. What is returned
-    is the mean of the best round; a local minimum at most.
+    at the first point and ends as soon as the sum of squares does not fall any more: neither the
+    alignment, which is a heuristic, nor the average in a tangent space promises that it does. What
+    is returned is the mean of the best round; a local minimum at most.
 
     Parameters
     ----------

@@ -114,7 +114,7 @@ def mixed_axes(arch: Architecture) -> list[str]:
     Examples
     --------
     >>> import symflow
-    >>> mixed_axes(symflow.mlp([2, 3, 1], "identity"))
+    >>> mixed_axes(symflow.mlp([3, 2, 2], "identity"))
     ['h1']
     """
     return [
