@@ -9,7 +9,8 @@ residual stream under norms has one permutation, and signs and scales for the ga
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -137,14 +138,32 @@ class Folded(nn.Module):
         return self.last(self.norms[1](x))
 
 
+@contextmanager
+def without_torchvision() -> Iterator[None]:
+    """Hide torchvision if it cannot be imported (a build for another torch) or is a stand-in."""
+    before = sys.modules.get("torchvision")
+    try:
+        importlib.import_module("torchvision.transforms")
+    except Exception:  # transformers does without it
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del sys.modules["torchvision"]
+            if before is not None:
+                sys.modules["torchvision"] = before
+    else:
+        yield
+
+
 def pretrained(name: str, **config: Any) -> Callable[[], nn.Module]:
     """Return a maker of a random-initialised model of the transformers package."""
 
     def make() -> nn.Module:
-        try:
-            importlib.import_module("torchvision")
-        except Exception:  # a build for another torch: transformers does without it
-            sys.modules["torchvision"] = None  # type: ignore[assignment]
+        with without_torchvision():
+            return built()
+
+    def built() -> nn.Module:
         transformers = importlib.import_module("transformers")
         transformers.logging.set_verbosity_error()
         family = name.partition("For")[0].removesuffix("Model").removesuffix("LMHead")

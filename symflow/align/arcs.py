@@ -44,6 +44,8 @@ def polish_arcs(
     Element
         An element at which the distance is at most that of ``element``.
     """
+    if not len(w1):
+        return element
     families = _families(symmetry, manifold)
     distance = manifold.dist2(w0, symmetry.act(element, w1))
     rows = torch.arange(len(w1))

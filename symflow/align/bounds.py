@@ -61,7 +61,7 @@ def _contract(symmetry: Symmetry, leaf: Leaf, x: Tensor, y: Tensor) -> tuple[str
     dim = leaf.dims[k]
 
     def rows(v: Tensor) -> Tensor:
-        return v.movedim(k + 1, 1).reshape(len(v), leaf.shape[k], -1)
+        return v.movedim(k + 1, 1).reshape(len(v), leaf.shape[k], leaf.size // leaf.shape[k])
 
     return dim.axis or "", dim.degree, rows(x) @ rows(y).mT
 

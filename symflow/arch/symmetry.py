@@ -202,7 +202,7 @@ class Symmetry:
     @property
     def log_components(self) -> float:
         """Natural logarithm of the number of connected components: of elements, if it is finite."""
-        return sum(self._copies(a) * a.group.log_components for a in self.axes)
+        return sum((self._copies(a) * a.group.log_components for a in self.axes), 0.0)
 
     def _copies(self, axis: Axis) -> int:
         return 1 if axis.over is None else self[axis.over].size
