@@ -146,6 +146,11 @@ def without_torchvision() -> Iterator[None]:
         importlib.import_module("torchvision.transforms")
     except Exception:  # transformers does without it
         sys.modules["torchvision"] = None  # type: ignore[assignment]
+        forget = importlib.import_module("transformers.utils.import_utils")
+        for name in ("is_torchvision_available", "is_torchvision_v2_available"):
+            clear = getattr(getattr(forget, name, None), "cache_clear", None)
+            if clear is not None:  # others may have asked before
+                clear()
         try:
             yield
         finally:
