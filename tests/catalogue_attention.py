@@ -145,6 +145,7 @@ def without_torchvision() -> Iterator[None]:
     try:
         importlib.import_module("torchvision.transforms")
     except Exception:  # transformers does without it
+        # None is how Python is told that a module is not there; the stubs know modules only.
         sys.modules["torchvision"] = None  # type: ignore[assignment]
         forget = importlib.import_module("transformers.utils.import_utils")
         for name in ("is_torchvision_available", "is_torchvision_v2_available"):

@@ -17,7 +17,7 @@ install_import_hook("symflow", "beartype.beartype")
 # A suite that is drawn anew at each run fails for people who changed nothing: only the nightly
 # profile draws. What it finds becomes an @example.
 settings.register_profile("dev", max_examples=20, derandomize=True, deadline=None, print_blob=True)
-settings.register_profile("ci", max_examples=50, derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("ci", max_examples=100, derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("nightly", max_examples=5000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 

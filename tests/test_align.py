@@ -220,3 +220,15 @@ def test_bad_input_says_what_to_do():
     assert pairs.weights.shape == (3, 4, 3)
     with pytest.raises(ShapeError, match="'sequential', 'random', 'identity'"):
         WeightMatching(("best",))
+
+
+def test_aligned_weights_are_differentiable():
+    """The element is chosen; where it takes the weights depends on them smoothly."""
+    arch = symflow.mlp([3, 4, 2], "tanh")
+    generator = torch.Generator().manual_seed(0)
+    w0, w1 = torch.randn(2, arch.dimension, generator=generator, dtype=torch.float64)
+    found = WeightMatching()(arch.symmetry, w0, w1.requires_grad_())
+    (slope,) = torch.autograd.grad(found.objective, w1)
+    back = arch.symmetry.act(arch.symmetry.inverse(found.element), w0)
+    assert torch.allclose(slope, back)
+    assert not WeightMatching()(arch.symmetry, w0, w1.detach()).weights.requires_grad

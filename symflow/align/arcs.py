@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symflow.align.costs import Contraction, where
+from symflow.align.base import where
+from symflow.align.costs import Contraction
 from symflow.arch import Element, Symmetry
 from symflow.groups import CompactGroup
 from symflow.manifolds import SphereProduct

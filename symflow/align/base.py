@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor
 from symflow.arch import Element, Symmetry
 from symflow.errors import NotIsometricError
 from symflow.groups import CompactGroup, map_element
+from symflow.numerics import tolerance
 
 
 @final
@@ -98,12 +99,15 @@ class Found:
         How the search ended, over all pairs.
     losses
         What was descended on (steps, N), or None.
+    weights
+        The second networks moved by the element, if the search has them.
     """
 
     element: Element
     history: Float[Tensor, "sweeps N"]
     status: Status
     losses: Float[Tensor, "steps N"] | None = None
+    weights: Float[Tensor, "N D"] | None = None
 
     def reshape(self, symmetry: Symmetry, w0: Tensor, w1: Tensor, *, seconds: float) -> "Alignment":
         """Return the result for weights (*batch, D) whose pairs, in order, are the N rows."""
@@ -113,7 +117,10 @@ class Found:
             return part.reshape((*batch, *part.shape[1:]))
 
         element = {name: map_element(shaped, g) for name, g in self.element.items()}
-        weights = symmetry.act(element, w1.expand(*batch, w1.shape[-1]))
+        if self.weights is None or w1.requires_grad:
+            weights = symmetry.act(element, w1.expand(*batch, w1.shape[-1]))
+        else:
+            weights = shaped(self.weights)
         losses = self.losses
         return Alignment(
             element=element,
@@ -179,3 +186,36 @@ def objective(
     """
     counted = sum(leaf.size for leaf in symmetry.leaves if leaf.learnable)
     return torch.linalg.vecdot(w0[..., :counted], w1[..., :counted])
+
+
+def where(keep: Tensor, element: Any, other: Any) -> Any:
+    """Choose between two batched elements entry by entry; ``keep`` is (N,)."""
+    return map_element(
+        lambda e, o: torch.where(keep.reshape(-1, *(1,) * (e.ndim - 1)), e, o), element, other
+    )
+
+
+def better(first: Found, second: Found) -> Found:
+    """Keep the better of two searches for each pair; the first unless the second really is.
+
+    Examples
+    --------
+    >>> one = Found({}, torch.tensor([[1.0, 4.0]]), Status.CONVERGED)
+    >>> better(one, Found({}, torch.tensor([[2.0, 3.0]]), Status.CONVERGED)).history
+    tensor([[2., 4.]])
+    """
+    a, b = first.history, second.history
+    keep = b[-1] - a[-1] <= tolerance(a.dtype).gain * a[-1].abs()
+    length = max(len(a), len(b))
+    a, b = (torch.cat([x, x[-1:].expand(length - len(x), -1)]) for x in (a, b))
+    ends = [x.status for x, kept in ((first, keep), (second, ~keep)) if bool(kept.any())]
+    worse = [s for s in ends if s is not Status.CONVERGED]
+    moved = None
+    if first.weights is not None and second.weights is not None:
+        moved = where(keep, first.weights, second.weights)
+    return Found(
+        {name: where(keep, g, second.element[name]) for name, g in first.element.items()},
+        torch.where(keep, a, b),
+        worse[0] if worse else Status.CONVERGED,
+        weights=moved,
+    )

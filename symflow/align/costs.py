@@ -407,10 +407,3 @@ def inner_product(group: Group[Any], costs: Costs, g: Any) -> Float[Tensor, " N"
             value = (picked if scales is None else picked * scales.to(c) ** degree).sum(-1)
         total = value if total is None else total + value
     return torch.zeros(()) if total is None else total
-
-
-def where(keep: Tensor, element: Any, other: Any) -> Any:
-    """Choose between two batched elements entry by entry; ``keep`` is (N,)."""
-    return map_element(
-        lambda e, o: torch.where(keep.reshape(-1, *(1,) * (e.ndim - 1)), e, o), element, other
-    )

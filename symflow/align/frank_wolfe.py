@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.align import hull
-from symflow.align.base import Found, PairedAligner, Status, objective
-from symflow.align.costs import where
+from symflow.align.base import Found, PairedAligner, Status, better, objective
 from symflow.align.hull import Point
 from symflow.arch import Symmetry
 from symflow.errors import ShapeError
@@ -169,25 +168,3 @@ def greatest(line: Float[Tensor, "k N"]) -> Float[Tensor, " N"]:
         finer = torch.where(bend < 0, t - evaluate(t, 1) / curved, t).clamp(0, 1)
         t = torch.where(evaluate(finer) > evaluate(t), finer, t)
     return t
-
-
-def better(first: Found, second: Found) -> Found:
-    """Keep the better of two searches for each pair; the first unless the second really is.
-
-    Examples
-    --------
-    >>> one = Found({}, torch.tensor([[1.0, 4.0]]), Status.CONVERGED)
-    >>> better(one, Found({}, torch.tensor([[2.0, 3.0]]), Status.CONVERGED)).history
-    tensor([[2., 4.]])
-    """
-    a, b = first.history, second.history
-    keep = b[-1] - a[-1] <= tolerance(a.dtype).gain * a[-1].abs()
-    length = max(len(a), len(b))
-    a, b = (torch.cat([x, x[-1:].expand(length - len(x), -1)]) for x in (a, b))
-    ends = [x.status for x, kept in ((first, keep), (second, ~keep)) if bool(kept.any())]
-    worse = [s for s in ends if s is not Status.CONVERGED]
-    return Found(
-        {name: where(keep, g, second.element[name]) for name, g in first.element.items()},
-        torch.where(keep, a, b),
-        worse[0] if worse else Status.CONVERGED,
-    )

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symflow.align.base import Aligner, Status, objective, require_compact
-from symflow.align.costs import where
+from symflow.align.base import Aligner, Status, objective, require_compact, where
 from symflow.arch import Element, Symmetry
 from symflow.errors import ShapeError
 from symflow.groups import map_element

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symflow.align.base import Aligner, Found, PairedAligner
-from symflow.align.frank_wolfe import better
+from symflow.align.base import Aligner, Found, PairedAligner, better
 from symflow.align.hull import polish
 from symflow.align.weight_matching import WeightMatching
 from symflow.arch import Symmetry

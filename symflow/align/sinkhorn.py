@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.align import hull
-from symflow.align.base import Found, PairedAligner, Status, objective
-from symflow.align.costs import where
+from symflow.align.base import Found, PairedAligner, Status, objective, where
 from symflow.align.doubly_stochastic import sinkhorn
 from symflow.align.hull import EVEN, ODD, Point
 from symflow.arch import Element, Symmetry

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.align import hull
-from symflow.align.base import Found, PairedAligner, Status, objective
-from symflow.align.costs import where
+from symflow.align.base import Found, PairedAligner, Status, objective, where
 from symflow.align.sinkhorn import Loss, evaluate
 from symflow.align.weight_matching import WeightMatching
 from symflow.arch import Symmetry

@@ -6,16 +6,16 @@ with starts that make the result the same wherever on their orbits the networks 
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symflow.align.base import Aligner, Alignment, Status, objective, require_compact
-from symflow.align.costs import Contraction, inner_product, nearest, where
+from symflow.align.base import Aligner, Alignment, Found, Status, better, objective, require_compact
+from symflow.align.costs import Contraction, inner_product, nearest
 from symflow.arch import Axis, Element, Symmetry
 from symflow.errors import ShapeError
 from symflow.groups import map_element
@@ -86,13 +86,18 @@ class WeightMatching(Aligner):
         left = w0.detach().reshape(-1, w0.shape[-1])
         if left.shape[0] > 1:
             left = w0.detach().expand(*batch, w0.shape[-1]).reshape(-1, w0.shape[-1])
-        if not len(right):
-            return self._result(w0, w1, _nothing(symmetry, right), batch, began)
-        problem = Contraction(symmetry, left, right)
-        best = self._ascend(problem, left, right, 0)
-        for k in range(1, len(self._starts(symmetry))):
-            best = _better(best, self._ascend(problem, left, right, k), right.dtype)
-        return self._result(w0, w1, best, batch, began)
+        found = self._search(symmetry, left, right)
+        return found.reshape(symmetry, w0, w1, seconds=time.perf_counter() - began)
+
+    def _search(self, symmetry: Symmetry, w0: Tensor, w1: Tensor) -> Found:
+        """Ascend from every start; ``w0`` may be one network for all."""
+        if not len(w1):
+            return _nothing(symmetry, w1)
+        problem = Contraction(symmetry, w0, w1)
+        ends = [self._ascend(problem, w0, w1, k) for k in range(len(self._starts(symmetry)))]
+        # Converged only if every ascent is, whichever is kept.
+        limited = [x.status for x in ends if x.status is not Status.CONVERGED]
+        return replace(reduce(better, ends), status=(limited or [Status.CONVERGED])[0])
 
     def _starts(self, symmetry: Symmetry) -> Sequence[str]:
         if self.starts is not None:
@@ -126,25 +131,9 @@ class WeightMatching(Aligner):
             for a in symmetry.axes
         }
         found = self._climb(Contraction(symmetry, left, right), left, right, flat)
-        return self._result(w0, w1, found, batch, began)
+        return found.reshape(symmetry, w0, w1, seconds=time.perf_counter() - began)
 
-    def _result(
-        self, w0: Tensor, w1: Tensor, best: "_Ascent", batch: torch.Size, began: float
-    ) -> Alignment:
-        element = {
-            k: map_element(lambda part: part.reshape((*batch, *part.shape[1:])), g)
-            for k, g in best.element.items()
-        }
-        return Alignment(
-            element=element,
-            weights=best.weights.reshape(*batch, w1.shape[-1]),
-            objective=best.history[-1].reshape(batch),
-            history=best.history.reshape(len(best.history), *batch),
-            status=best.status,
-            seconds=time.perf_counter() - began,
-        )
-
-    def _ascend(self, problem: Contraction, w0: Tensor, w1: Tensor, k: int) -> "_Ascent":
+    def _ascend(self, problem: Contraction, w0: Tensor, w1: Tensor, k: int) -> Found:
         return self._climb(problem, w0, w1, *self._start(problem, w1, k))
 
     def _climb(
@@ -154,7 +143,7 @@ class WeightMatching(Aligner):
         w1: Tensor,
         element: Element,
         settled: frozenset[str] = frozenset(),
-    ) -> "_Ascent":
+    ) -> Found:
         """Ascend from an element; the axes ``settled`` are best there, given the others."""
         symmetry = problem.symmetry
         gained = torch.zeros(len(w1), dtype=w1.dtype)
@@ -189,7 +178,8 @@ class WeightMatching(Aligner):
                 break
         weights = problem.moved(element, w1)
         end = objective(symmetry, w0, weights)
-        return _Ascent(element, weights, end - (gained - torch.stack(gains)), status)
+        history = end - (gained - torch.stack(gains))
+        return Found(element, history, status, weights=weights)
 
     def _start(self, problem: Contraction, w1: Tensor, k: int) -> tuple[Element, frozenset[str]]:
         """Return where an ascent begins, and the axes that are best there, given the others."""
@@ -270,35 +260,10 @@ def _step(
     return found, after - before, after.abs()
 
 
-def _nothing(symmetry: Symmetry, w: Tensor) -> "_Ascent":
+def _nothing(symmetry: Symmetry, w: Tensor) -> Found:
     """Return the result for no networks."""
     element = {
         name: map_element(lambda part: part.expand(0, *part.shape), g)
         for name, g in symmetry.identity(like=w).items()
     }
-    return _Ascent(element, w, w[None, :, 0], Status.CONVERGED)
-
-
-@dataclass(frozen=True)
-class _Ascent:
-    element: Element
-    weights: Tensor
-    history: Tensor
-    status: Status
-
-
-def _better(a: _Ascent, b: _Ascent, dtype: torch.dtype) -> _Ascent:
-    """Keep the better of two ascents for each pair; the first unless the second really is."""
-    before, after = a.history[-1], b.history[-1]
-    first = after - before <= tolerance(dtype).gain * before.abs()
-    length = max(len(a.history), len(b.history))
-    histories = [
-        torch.cat([x.history, x.history[-1:].expand(length - len(x.history), -1)]) for x in (a, b)
-    ]
-    both = {a.status, b.status}
-    return _Ascent(
-        {name: where(first, a.element[name], b.element[name]) for name in a.element},
-        torch.where(first[:, None], a.weights, b.weights),
-        torch.where(first, *histories),
-        Status.SWEEP_LIMIT if Status.SWEEP_LIMIT in both else Status.CONVERGED,
-    )
+    return Found(element, w[None, :, 0], Status.CONVERGED, weights=w)

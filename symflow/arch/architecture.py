@@ -94,7 +94,8 @@ class Architecture:
         Parameters
         ----------
         module
-            Any module torch.fx can trace and all of whose operations have a rule. It is copied.
+            Any module that torch.fx or torch.export can trace and all of whose operations have a
+            rule. It is copied.
         *example_inputs
             What ``forward`` takes; the first dimension is the batch.
         frozen
@@ -348,7 +349,8 @@ class Architecture:
         Returns
         -------
         Tensor
-            Outputs (*batch, *output.shape); differentiable in ``w`` and the inputs.
+            Outputs (*batch, *output.shape); differentiable in ``w`` and the inputs. Of a module
+            that returns several tensors ``logits``, or else the first.
         """
         return self._call(w, inputs, None)
 

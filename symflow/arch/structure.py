@@ -249,7 +249,7 @@ class Structure(ABC):
             return (one, *inner), (two, *inner)
         raw = self.axes[first.axis]
         # Axes over this one, or this one over another, would need elements for each half.
-        if raw.over or any(first.axis in self._over(name) for name in self.axes):
+        if raw.over or any(first.axis in self.over(name) for name in self.axes):
             return None
         raw.parts = tuple(
             self._open(n, f"{raw.source} (part {k + 1})", raw) for k, n in enumerate(sizes)
@@ -257,10 +257,10 @@ class Structure(ABC):
         one, two = (self._part(first, part) for part in raw.parts)
         return (one, *inner), (two, *inner)
 
-    def _over(self, axis: str) -> tuple[str, ...]:
-        """Return the axes, as they are now, that an axis is over."""
+    def over(self, axis: str) -> tuple[str, ...]:
+        """Return the axes, as they are now, each of whose units has its own element on this one."""
         found: list[str] = []
-        for name in self.axes[axis].over:
+        for name in self.axes[self.root(axis)].over:
             expanded = self._expanded(Atom(self.axes[name].size, name))
             found += [a.axis for part in expanded for a in part if a.axis is not None]
         return tuple(dict.fromkeys(found))
@@ -280,10 +280,6 @@ class Structure(ABC):
     def acts(self, fibre: str) -> bool:
         """Whether signs or scales of a fibre may still act."""
         return self.fibres[fibre].sign or self.fibres[fibre].scale
-
-    def over(self, axis: str) -> tuple[str, ...]:
-        """Return the axes each of whose units has an element of its own on this one."""
-        return self._over(self.root(axis))
 
     def factor(self, part: tuple[Atom, ...], sizes: tuple[int, ...]) -> list[list[Atom]] | None:
         """Regroup a product into consecutive products of these sizes, unflattening axes for good.
@@ -352,9 +348,9 @@ class Structure(ABC):
         gone = {atom.axis for atom in self.resolve(label).atoms}
         for other in others:
             for atom in self.resolve(other).atoms:
-                if atom.axis not in gone and gone & set(self._over(atom.axis or "")):
+                if atom.axis not in gone and gone & set(self.over(atom.axis or "")):
                     raw = self.axes[atom.axis or ""]
-                    raw.over = tuple(x for x in self._over(atom.axis or "") if x not in gone)
+                    raw.over = tuple(x for x in self.over(atom.axis or "") if x not in gone)
 
     @abstractmethod
     def unify(self, a: Label, b: Label, reason: str) -> Label:

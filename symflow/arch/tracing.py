@@ -86,10 +86,9 @@ class Tracing(Structure):
         one, two = self.resolve(a), self.resolve(b)
         if one.is_copied or two.is_copied:
             return self._tie(a, b, reason, scales=False)
-        if FIXED in (one, two):
-            if one != two:  # each unit is multiplied by a number of its own: scales pass
-                for atom in (*one.atoms, *two.atoms):
-                    self.axes[atom.axis or ""].fixed = reason
+        if FIXED in (one, two):  # each unit is multiplied by a number of its own
+            self.fix(one, reason)
+            self.fix(two, reason)
             return FIXED
         self.share_permutation(a, b, reason)
         pairs = self._matched(a, b)
@@ -217,7 +216,7 @@ class Tracing(Structure):
         if a == b:
             return
         one, two = self.axes[a], self.axes[b]
-        over = [self._over(x) for x in (a, b)]
+        over = [self.over(x) for x in (a, b)]
         if a in over[1] or b in over[0] or one.size != two.size:
             one.fixed = two.fixed = reason
             return

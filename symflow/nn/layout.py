@@ -160,7 +160,8 @@ def symmetric_layout(arch: Architecture, *, extra: int = 0) -> Layout:
         if axis.over is not None:
             raise UnsupportedModuleError(
                 f"axis {axis.name} has elements of {axis.group} for each unit of {axis.over}: a "
-                "graph of units has no nodes for that yet"
+                "graph of units has no nodes for these. Fix it with "
+                f"arch.with_groups({{{axis.name!r}: symflow.Trivial({axis.size})}})"
             )
     names = [a.name for a in compact.axes if not isinstance(a.group, Trivial)]
     found: dict[tuple[int, ...], list[Tensor]] = {(k,): [] for k in range(len(names))}

@@ -1,6 +1,6 @@
 """The test kit: laws that groups and everything built on them obey, and strategies to draw them."""
 
-from symflow.testing.aligners import aligner_laws, check_aligner
+from symflow.testing.aligners import BuiltFor, aligner_laws, check_aligner
 from symflow.testing.equivariance import (
     check_equivariant,
     check_invariant,
@@ -15,6 +15,7 @@ from symflow.testing.sections import check_section, section_laws
 from symflow.testing.strategies import concrete_classes, elements, groups, register
 
 __all__ = [
+    "BuiltFor",
     "Law",
     "aligner_laws",
     "architectures",

@@ -204,9 +204,6 @@ def _residual(group: NoncompactGroup[Any], draw: Draws) -> None:
     left = group.residual
     demand(isinstance(left, CompactGroup), f"the residual {left} is no CompactGroup")
     demand(left.size == group.size, f"the residual {left} acts on another size")
-    k = draw("k", elements(left))
-    a, like = matrix(left, k), torch.zeros((), dtype=torch.float64)
-    agree(group.act(group.identity(like=like), a, dim=-2), a, "the identity on an element left")
 
 
 def _stretch(group: ScalingGroup[Any], draw: Draws) -> None:
@@ -226,6 +223,10 @@ def _factors(group: GeneralLinear, draw: Draws) -> None:
     agree(one.mT @ two, up.mT @ down, "the product of balanced factors")
     agree(one @ one.mT, two @ two.mT, "Gram matrices of balanced factors")
     agree(torch.cat(group.balance_factors(one, two), -1), torch.cat([one, two], -1), "again")
+    k, left = draw("k", elements(group.residual)), group.residual
+    turned = [left.act(k, x, dim=-2) for x in (up, down)]
+    wanted = left.act(k, torch.cat([one, two], -1), dim=-2)
+    agree(torch.cat(group.balance_factors(*turned), -1), wanted, "turned factors, balanced")
     moved = group.act(h, up, dim=-2), group.act(h, down, dim=-2, degree=-1)
     agree(_total(*group.balance_factors(*moved)), _total(one, two), "least norm along an orbit")
     demand(float(_total(one, two)) <= float(_total(*moved)) * (1 + _slack()), "another has less")

@@ -98,5 +98,5 @@ def _unchanged(call: "Call", x: Value, *_args: Any, **_options: Any) -> Value:
 @rule(nn.PReLU)
 def _prelu(call: "Call", x: Value) -> Value:
     channel = x.dims[1] if len(x.dims) > 1 and call.module.num_parameters > 1 else FIXED
-    call.label("weight", call.tracing.permuted(channel))
+    call.label("weight", call.permuted(channel))
     return call.elementwise(x, RELU)
