@@ -36,16 +36,22 @@ STEP = 1e-6
 # Random weights tried until nothing is left unexplained; the least nullity is stored.
 TRIES = 40
 JACOBIAN = 3000  # parameters up to which the nullity is computed
+# Leaves of networks in which maps follow, or stand beside, each other without anything between.
+PRODUCTS = {
+    "low-rank factors": ("base.weight", "down", "up"),
+    "linear network": tuple(f"{k}.{name}" for k in range(4) for name in ("weight", "bias")),
+}
 KINDS = {
-    "unused": "weights no output depends on here: units that are off, words not drawn, last steps",
+    "unused": "weights that no output depends on here: units that are off, words not drawn",
+    "alone": "directions of one leaf that nothing shows: it reads few inputs, or what a norm has "
+    "centred, or writes what a norm subtracts",
     "norm": "in evaluation mode BatchNorm is an affine map: what is before it can be scaled and "
     "shifted against it",
     "translation": "biases, embeddings and shifts that add up, also through a linear map; biases "
     "of keys, which a softmax does not see",
-    "centring": "what a norm subtracts: a constant added to all units that it centres, or read "
-    "behind it (divided by the gain)",
     "uniform": "one scale of all units at once, from one leaf to the next",
-    "products": "a matrix beside, or behind, a product of two (low rank, few inputs or outputs)",
+    "centring": "a constant added to all units that a norm centres, with what adds up to it",
+    "products": "a matrix beside, or behind, a product of two: within the leaves of these",
 }
 
 
@@ -85,7 +91,7 @@ def measure(entry: Entry) -> dict[str, Any]:
         "continuous_dimension": arch.symmetry.dimension,
         "jacobian_nullity": total,
         "excess_by_kind": parts,
-        "excess_explained": None if total is None else sum(parts.values()),
+        "excess_explained": sum(n for kind, n in parts.items() if kind != "unexplained"),
         "why": {kind: KINDS[kind] for kind, n in parts.items() if n and kind in KINDS},
         "rounding": "float64" if bound < 1e-6 else "the module casts to float32 inside: 1e-5",
         "derive_seconds": round(seconds, 4),
@@ -140,7 +146,7 @@ def explained(
     if bool((outside > 1e-5 * found.norm(dim=1)).any()):
         raise AssertionError(f"{entry.name}: a direction of the group moves the outputs")
     have, parts = independent(found), {}
-    for kind, span in spans(arch, w, slope).items():
+    for kind, span in spans(arch, entry, w, slope).items():
         inside = null @ orthonormal(span).mT
         left, cosines, _ = torch.linalg.svd(inside, full_matrices=False)
         shared = left[:, cosines > 1 - NULL].mT @ null
@@ -211,7 +217,7 @@ def moved(g: Any, path: tuple[int, ...], step: Tensor) -> Any:
     return tuple(moved(x, path[1:], step) if k == path[0] else x for k, x in enumerate(g))
 
 
-def spans(arch: Architecture, w: Tensor, slope: Tensor) -> dict[str, Tensor]:
+def spans(arch: Architecture, entry: Entry, w: Tensor, slope: Tensor) -> dict[str, Tensor]:
     """Return what directions of each kind span, some of which do not move the outputs."""
     count = arch.num_parameters
     eye = torch.eye(count, dtype=torch.float64)
@@ -229,14 +235,6 @@ def spans(arch: Architecture, w: Tensor, slope: Tensor) -> dict[str, Tensor]:
             direction = torch.zeros(rest.shape[1], count, dtype=torch.float64)
             direction.scatter_(1, rest.mT, 1.0)
             constants.append(direction)
-        for k, dim in enumerate(leaf.dims):  # what is read behind a centring norm with this gain
-            for gain in arch.leaves:
-                same = dim.axis is not None and dim.axis in gain.axes
-                if same and gain.learnable and gain.size == leaf.shape[k]:
-                    rest = places.movedim(k, 0).reshape(leaf.shape[k], -1)
-                    direction = torch.zeros(rest.shape[1], count, dtype=torch.float64)
-                    values = (1 / w[gain.span])[None].expand(rest.shape[1], -1)
-                    constants.append(direction.scatter_(1, rest.mT, values))
         rows = places.reshape(places.shape[0], -1)  # one unit's own weights, as they are
         direction = torch.zeros(len(rows), count, dtype=torch.float64)
         norms.append(direction.scatter_(1, rows, w[rows]))
@@ -246,24 +244,26 @@ def spans(arch: Architecture, w: Tensor, slope: Tensor) -> dict[str, Tensor]:
     for k, leaf in enumerate(learnable):
         whole[k, leaf.span] = w[leaf.span]
     batch_norm = any("running_var" in leaf.name for leaf in arch.leaves)
+    alone = [eye[:0]]
+    for leaf in learnable:
+        _, values, basis = torch.linalg.svd(slope[:, leaf.span], full_matrices=True)
+        values = torch.cat([values, values.new_zeros(leaf.size - len(values))])
+        alone.append(basis[values <= NULL * size.max()] @ eye[leaf.span])
+    products = [eye[leaf.span] for leaf in learnable if leaf.key in PRODUCTS.get(entry.name, ())]
     return {
         "unused": eye[size <= NULL * size.max()],
+        "alone": torch.cat(alone),
         "norm": torch.cat([flat, *norms]) if batch_norm else eye[:0],
         "translation": flat,
-        "centring": torch.cat([flat, *constants]),
         "uniform": whole,
-        "products": eye if has_products(arch) else eye[:0],
+        "centring": torch.cat([flat, *constants]),
+        "products": torch.cat([eye[:0], *products]),
     }
 
 
 def _is_table(arch: Architecture, key: str) -> bool:
     owner = arch.module.get_submodule(key.rpartition(".")[0])
     return isinstance(owner, torch.nn.Embedding)
-
-
-def has_products(arch: Architecture) -> bool:
-    """Whether two linear maps follow each other somewhere."""
-    return any(isinstance(axis.group, MatrixGroup) for axis in arch.axes)
 
 
 def run() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from symflow.align import hull
 from symflow.align.base import Aligner, Alignment, Found, Status, objective, require_compact
 from symflow.align.costs import oracle as compact
+from symflow.align.places import chosen, index_of
 from symflow.arch import Architecture, Axis, Dim, Leaf, Symmetry
 from symflow.errors import ShapeError, UnsupportedModuleError
 from symflow.groups import monomial
@@ -156,16 +157,9 @@ class ActivationMatching(Aligner):
             support = compact(symmetry[name].group).support_by_degree(block)
             costs[0] = costs[0] + support if 0 in costs else support
         new = {axis.name: hull.oracle(symmetry, axis.name, costs)}
-        found = monomial(axis.group, new[axis.name])
+        index = index_of(axis.group, new[axis.name])
         for name, block in blocks.items():
-            index = None if found is None else found[0]
-            if index is None:
-                index = torch.arange(axis.size).expand(batch.numel(), axis.size)
-            chosen = {
-                p: c.gather(2, index[..., None, None, None].expand(*index.shape, 1, *c.shape[-2:]))
-                for p, c in block.items()
-            }
-            best = hull.oracle(symmetry, name, {p: c.squeeze(2) for p, c in chosen.items()})
+            best = hull.oracle(symmetry, name, {p: chosen(c, index) for p, c in block.items()})
             new[name] = symmetry.carried(symmetry[name], best, 1, new, back=True)
         return new
 

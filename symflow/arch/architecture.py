@@ -15,7 +15,7 @@ from torch.func import functional_call, vmap
 
 from symflow.arch.checks import require_finite, require_names
 from symflow.arch.layout import Axis, Leaf, assemble
-from symflow.arch.running import mappable, tensors_of
+from symflow.arch.running import has_recurrence, mappable, tensors_of
 from symflow.arch.symmetry import Symmetry
 from symflow.arch.template import (
     canonical_names,
@@ -404,8 +404,8 @@ class Architecture:
 
     @cached_property
     def _loops(self) -> bool:
-        """Whether networks run one after the other: PyTorch cannot map over recurrent kernels."""
-        return any(isinstance(module, nn.RNNBase) for module in self.module.modules())
+        """Whether networks run one after the other."""
+        return has_recurrence(self.module)
 
     def _forward(self, state: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         ties = {alias: state[name] for alias, name in self._ties}

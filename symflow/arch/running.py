@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -24,6 +24,11 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for part in output:
             yield from tensors_of(part)
+
+
+def has_recurrence(module: nn.Module) -> bool:
+    """Whether networks must run one after the other: PyTorch cannot map recurrent kernels."""
+    return any(isinstance(part, nn.RNNBase) for part in module.modules())
 
 
 @contextmanager

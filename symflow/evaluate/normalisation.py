@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from symflow.arch import Architecture, Weights
+from symflow.arch.running import has_recurrence, mappable
 from symflow.arch.template import ties_across_modules
 from symflow.errors import ShapeError, UnsupportedModuleError
 from symflow.evaluate.predict import LabelledData, at_once, inputs_for, networks
@@ -195,12 +196,12 @@ def _moments_at(
     like = next(iter(state.values()))
     hook = layer.register_forward_pre_hook(measure)
     try:
-        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
-            # PyTorch cannot map over recurrent kernels.
+        if has_recurrence(module):
             rows = [one({k: v[n] for k, v in state.items()}) for n in range(len(like))]
             mean, square = (torch.stack(part) for part in zip(*rows, strict=True))
         else:
-            mean, square = vmap(one)(state)
+            with mappable():
+                mean, square = vmap(one)(state)
     finally:
         hook.remove()
     return counts[0], mean, square

@@ -49,7 +49,7 @@ def _convolution(call: "Call", x: Value) -> Value:
     conv = call.module
     spatial = (FIXED,) * len(conv.kernel_size)
     channel = len(x.dims) - len(spatial) - 1
-    _, out, ends = _channels(
+    out, ends = _channels(
         call, x.dims[channel], conv.groups, conv.in_channels, conv.out_channels, conv.transposed
     )
     call.label("weight", *ends, *spatial)
@@ -98,8 +98,8 @@ def _convolved(call: "Call", x: Value, channel: int, out: Label) -> Value:
 
 def _channels(
     call: "Call", before: Label, groups: int, size: int, made: int, transposed: bool
-) -> tuple[Label, Label, tuple[Label, Label]]:
-    """Label what comes in, what goes out, and the first two dimensions of the kernel.
+) -> tuple[Label, tuple[Label, Label]]:
+    """Label what goes out, and the first two dimensions of the kernel.
 
     In a grouped convolution each group of channels sees only its own: groups are permuted together
     with all that is in them, and channels within each group.
@@ -107,7 +107,7 @@ def _channels(
     if groups == 1:
         out = call.new_axis(made)
         ends = (before.dual(), out) if transposed else (out, before.dual())
-        return before, out, ends
+        return out, ends
     out = call.new_axis(made)
     incoming = call.tracing.split(before, (groups, size // groups))
     outgoing = call.tracing.split(out, (groups, made // groups))
@@ -115,10 +115,10 @@ def _channels(
     if incoming is None or outgoing is None:
         call.tracing.fix(before, reason)
         call.tracing.fix(out, reason)
-        return FIXED, FIXED, (FIXED, FIXED)
+        return FIXED, (FIXED, FIXED)
     call.tracing.share_permutation(outgoing[0], incoming[0], reason)
     kernel = call.tracing.scaled(out, incoming[0].dual())
-    return before, out, (kernel, incoming[1].dual())
+    return out, (kernel, incoming[1].dual())
 
 
 @rule(nn.Embedding)
