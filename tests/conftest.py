@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from jaxtyping import install_import_hook
 
 # Every annotation in symflow, shapes included, is checked at each call while the tests run. The
@@ -36,3 +36,15 @@ def dtype(request):
 def generator():
     """A generator with the same seed for each test (inside @given draw an integer seed instead)."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def unshrunk():
+    """Stop at the first failure: whether a law bites is the question, and shrinking takes long."""
+    active = settings.get_current_profile_name()
+    settings.register_profile(
+        "unshrunk", max_examples=50, phases=[Phase.generate], derandomize=True, deadline=None
+    )
+    settings.load_profile("unshrunk")
+    yield
+    settings.load_profile(active)

@@ -395,6 +395,7 @@ def test_rotations_need_their_oracle_alone(aligner):
 # ---------------------------------------------------------------- laws of what needs data
 
 
+@pytest.mark.usefixtures("unshrunk")
 def test_laws_reach_aligners_that_are_built_for_an_architecture():
     few = st.builds(symflow.mlp, st.just([2, 3, 1]), st.just("gelu"))
     with pytest.raises(AssertionError, match="law 'planted' is broken by lazy: g w brought back"):
@@ -513,3 +514,19 @@ def test_what_cannot_be_embedded_is_refused():
     signs = symflow.mlp([2, 3, 1], "tanh").with_groups({"h1": symflow.Sign(3)})
     with pytest.raises(ShapeError, match="moves no unit as a whole"):
         embed_narrow(symflow.mlp([2, 2, 1], "tanh"), signs, w1[:9], networks(signs, 0))
+
+
+def test_descents_turn_along_with_rotations():
+    """Adam by coordinates takes another way in another basis, and ends at another element."""
+    arch = symflow.mlp([3, 3, 3, 4], "identity")
+    symmetry, generator = arch.symmetry.compact, torch.Generator().manual_seed(0)
+    w0, w1 = torch.randn(2, 6, arch.dimension, generator=generator, dtype=torch.float64)
+    x = torch.randn(16, 3, generator=generator, dtype=torch.float64)
+    g, h = (symmetry.random(generator=generator, like=w0, batch=(6,)) for _ in range(2))
+    ends = symmetry.act(g, w0), symmetry.act(h, w1)
+    for aligner in (
+        StraightThrough(lambda w: (arch.apply(w, x) - 1).square().sum((1, 2)), steps=6),
+        Sinkhorn(steps=5, temperature=0.1, polish=False),
+    ):
+        here, there = aligner(symmetry, w0, w1), aligner(symmetry, *ends)
+        assert torch.allclose(here.objective, there.objective, rtol=1e-4), aligner

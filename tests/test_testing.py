@@ -22,7 +22,7 @@ from broken_twins import (
     with_path,
     with_symmetry,
 )
-from hypothesis import Phase, find, settings
+from hypothesis import find, settings
 
 import symflow
 from symflow.align import WeightMatching
@@ -48,17 +48,7 @@ from symflow.testing import (
 )
 from symflow.testing.strategies import values
 
-
-@pytest.fixture(scope="module", autouse=True)
-def unshrunk():
-    """Stop at the first failure: whether a law bites is the question, and shrinking takes long."""
-    active = settings.get_current_profile_name()
-    settings.register_profile(
-        "unshrunk", max_examples=50, phases=[Phase.generate], derandomize=True, deadline=None
-    )
-    settings.load_profile("unshrunk")
-    yield
-    settings.load_profile(active)
+pytestmark = pytest.mark.usefixtures("unshrunk")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ the odd one carries the signs, within the bounds of the even one.
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
@@ -106,20 +107,22 @@ def barycentre(symmetry: Symmetry, like: Float[Tensor, "N D"]) -> Point:
     """
     point: Point = {}
     for axis in symmetry.axes:
-        generator = torch.Generator().manual_seed(0)
-        seen = parities(symmetry, axis.name, buffers=True)
-        total = dict.fromkeys(seen, torch.zeros((), dtype=torch.float64))
-        for _ in range(_DRAWS):
-            g = axis.group.random(generator=generator, like=like.double())
-            for parity in total:
-                total[parity] = total[parity] + matrix(axis.group, g, parity, like.double())
-        for parity, s in total.items():
-            eigenvalues, basis = torch.linalg.eigh((s + s.mT) / (2 * _DRAWS))
-            basis = basis * (eigenvalues > _FIXED)
-            mean = (basis @ basis.mT).to(like)
+        for parity in parities(symmetry, axis.name, buffers=True):
+            mean = _mean(axis.group, parity).to(like)
             units = () if axis.over is None else (symmetry[axis.over].size,)
             point[axis.name, parity] = mean.expand(len(like), *units, *mean.shape)
     return point
+
+
+@lru_cache(maxsize=8)
+def _mean(group: Group[Any], parity: int) -> Tensor:
+    """Return the Haar mean of the matrices by which a parity acts: every call begins with it."""
+    generator, like = torch.Generator().manual_seed(0), torch.zeros((), dtype=torch.float64)
+    drawn = [group.random(generator=generator, like=like) for _ in range(_DRAWS)]
+    total = sum((matrix(group, g, parity, like) for g in drawn), torch.zeros(()).double())
+    eigenvalues, basis = torch.linalg.eigh((total + total.mT) / (2 * _DRAWS))
+    basis = basis * (eigenvalues > _FIXED)
+    return basis @ basis.mT
 
 
 def matrix(group: Group[Any], g: Any, parity: int, like: Tensor) -> Float[Tensor, "*batch n n"]:

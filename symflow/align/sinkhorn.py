@@ -11,6 +11,7 @@ from torch import Tensor
 
 from symflow.align import hull
 from symflow.align.base import Found, PairedAligner, Status, objective, where
+from symflow.align.descent import CovariantAdam, mixes
 from symflow.align.doubly_stochastic import sinkhorn
 from symflow.align.hull import EVEN, ODD, Point
 from symflow.arch import Element, Symmetry
@@ -116,15 +117,19 @@ class Sinkhorn(PairedAligner):
         losses = w1.new_zeros(self.steps, len(w1))
         with torch.enable_grad():
             logits = {key: m.clone().requires_grad_() for key, m in logits.items()}
-            adam = torch.optim.Adam(logits.values(), self.learning_rate)
+            turned = {a.name for a in symmetry.axes if mixes(a.group)}
+            descent = CovariantAdam(
+                [m for (name, _), m in logits.items() if name not in turned],
+                [(m, 2) for (name, _), m in logits.items() if name in turned],
+                self.learning_rate,
+            )
             for k in range(self.steps):
                 moved = hull.act(symmetry, self._soften(symmetry, logits), w1)
                 t = 0.5 if self.at == "midpoint" else float(torch.rand((), generator=generator))
                 loss = self._loss(symmetry, w0, moved, t)
                 losses[k] = loss.detach()
-                adam.zero_grad()
                 loss.sum().backward()
-                adam.step()
+                descent.step()
         point = {key: m.detach() for key, m in self._soften(symmetry, logits).items()}
         return hull.nearest(symmetry, point), losses
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from symflow.align import hull
 from symflow.align.base import Found, PairedAligner, Status, objective, where
+from symflow.align.descent import CovariantAdam, mixes
 from symflow.align.sinkhorn import Loss, evaluate
 from symflow.align.weight_matching import WeightMatching
 from symflow.arch import Symmetry
@@ -58,12 +59,18 @@ class StraightThrough(PairedAligner):
         element = WeightMatching()(symmetry, w0, w1).element
         kept, least = element, w1.new_full((len(w1),), torch.inf)
         size = w0.square().mean(1, keepdim=True).sqrt()
-        drift, losses = torch.zeros_like(w0), []
+        turned = {a.name for a in symmetry.axes if mixes(a.group)}
+        losses: list[Tensor] = []
         with torch.enable_grad():
-            drift.requires_grad_()
-            adam = torch.optim.Adam([drift], self.learning_rate)
+            drifts = [w0.new_zeros(len(w0), x.size).requires_grad_() for x in symmetry.leaves]
+            pairs = list(zip(symmetry.leaves, drifts, strict=True))
+            descent = CovariantAdam(
+                [drift for leaf, drift in pairs if not turned & set(leaf.axes)],
+                [(drift, 1) for leaf, drift in pairs if turned & set(leaf.axes)],
+                self.learning_rate,
+            )
             for k in range(max(self.steps, 1)):
-                copy = w0 + size * drift
+                copy = w0 + size * torch.cat(drifts, 1)
                 if k > 0:
                     element = hull.polish(symmetry, copy.detach(), w1, element).element
                 projected = copy + (symmetry.act(element, w1) - copy.detach())
@@ -72,8 +79,7 @@ class StraightThrough(PairedAligner):
                 falls = losses[-1] < least
                 kept = {name: where(falls, g, kept[name]) for name, g in element.items()}
                 least = torch.where(falls, losses[-1], least)
-                adam.zero_grad()
                 loss.sum().backward()
-                adam.step()
+                descent.step()
         reached = objective(symmetry, w0, symmetry.act(kept, w1))
         return Found(kept, reached[None], Status.NOT_POLISHED, torch.stack(losses))

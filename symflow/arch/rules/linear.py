@@ -75,9 +75,7 @@ def _functional_convolution(
     groups: int = 1,
 ) -> Value:
     channel = len(x.dims) - len(weight.dims) + 1
-    _, out, ends = _channels(
-        call, x.dims[channel], groups, x.shape[channel], weight.shape[0], False
-    )
+    out, ends = _channels(call, x.dims[channel], groups, x.shape[channel], weight.shape[0], False)
     for own, wanted in zip(weight.dims, ends, strict=False):
         call.tracing.unify(own, wanted, f"grouped at {call.path}")
     for own in weight.dims[2:]:
