@@ -4,6 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -112,10 +113,7 @@ class Found:
     def reshape(self, symmetry: Symmetry, w0: Tensor, w1: Tensor, *, seconds: float) -> "Alignment":
         """Return the result for weights (*batch, D) whose pairs, in order, are the N rows."""
         batch = torch.broadcast_shapes(w0.shape[:-1], w1.shape[:-1])
-
-        def shaped(part: Tensor) -> Tensor:
-            return part.reshape((*batch, *part.shape[1:]))
-
+        shaped = partial(_shaped, batch)
         element = {name: map_element(shaped, g) for name, g in self.element.items()}
         if self.weights is None or w1.requires_grad:
             weights = symmetry.act(element, w1.expand(*batch, w1.shape[-1]))
@@ -131,6 +129,10 @@ class Found:
             seconds=seconds,
             losses=None if losses is None else losses.reshape(len(losses), *batch),
         )
+
+
+def _shaped(batch: torch.Size, part: Tensor) -> Tensor:
+    return part.reshape((*batch, *part.shape[1:]))
 
 
 class PairedAligner(Aligner):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from symflow.arch import Element, Leaf
-from symflow.groups import Group, map_element, monomial
+from symflow.groups import Group, monomial
 
 Costs = dict[int, Tensor]
 
@@ -61,16 +61,16 @@ def permute(x: Tensor, dim: int, index: Tensor) -> Tensor:
 def differ(before: Element, now: Element, n: int) -> Tensor:
     """Which networks' elements are others than before."""
     found = torch.zeros(n, dtype=torch.bool)
-
-    def compare(old: Tensor, new: Tensor) -> Tensor:
-        nonlocal found
-        if old is not new:
-            found = found | (old != new)[:, None].flatten(1).any(1)
-        return new
-
     for name, g in now.items():
-        map_element(compare, before[name], g)
+        for old, new in zip(_tensors(before[name]), _tensors(g), strict=True):
+            if old is not new:
+                found = found | (old != new)[:, None].flatten(1).any(1)
     return found
+
+
+def _tensors(g: Any) -> list[Tensor]:
+    """Return the tensors of an element."""
+    return [x for part in g for x in _tensors(part)] if isinstance(g, tuple) else [g]
 
 
 def rows_of(x: Tensor, k: int) -> Tensor:

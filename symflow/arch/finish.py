@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, final
 
 from symflow.arch.labels import FIXED, Atom, Label
@@ -139,12 +140,12 @@ def finish(
 
 def _reduced(tracing: Tracing, label: Label) -> Label:
     """Leave out what has ended, and scales that those of the units inside can do too."""
+    return label.each(partial(_acting, tracing))
 
-    def kept(atom: Atom) -> Atom:
-        kept = [(f, p) for f, p in atom.degrees if tracing.acts(f) and not tracing.is_redundant(f)]
-        return replace(atom, degrees=tuple(kept))
 
-    return label.each(kept)
+def _acting(tracing: Tracing, atom: Atom) -> Atom:
+    kept = [(f, p) for f, p in atom.degrees if tracing.acts(f) and not tracing.is_redundant(f)]
+    return replace(atom, degrees=tuple(kept))
 
 
 def _in_order(axes: list[Axis]) -> tuple[Axis, ...]:

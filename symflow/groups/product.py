@@ -8,6 +8,7 @@ An element of ``A @ B`` is a pair (a, b) standing for the matrix a b. The pairs 
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -269,18 +270,7 @@ class NoncompactProduct(_Product, ScalingGroup[Pair]):
 
     def balance(self, energy: Mapping[int, Float[Tensor, "*batch n"]]) -> Pair:
         """Balance the non-compact factor; the compact one does not change norms."""
-        like = next(iter(energy.values()))
-        batch = like.shape[:-1]
-
-        def spread(part: Tensor) -> Tensor:
-            return part.expand((*batch, *part.shape))
-
-        def part(group: Group[Any]) -> Any:
-            if isinstance(group, ScalingGroup):
-                return group.balance(energy)
-            return map_element(spread, group.identity(like=like))
-
-        return part(self.outer), part(self.inner)
+        return _balanced(self.outer, energy), _balanced(self.inner, energy)
 
     def noncompact(self, g: Pair) -> Tensor:
         """Return the scales, as they act before the compact factor."""
@@ -303,3 +293,15 @@ def _compact(group: DiagonalGroup) -> CompactGroup[Any]:
     if isinstance(group, CompactGroup):
         return group
     raise TypeError(f"{group} is not compact")
+
+
+def _balanced(group: Group[Any], energy: Mapping[int, Tensor]) -> Any:
+    """Balance a factor; a compact one stays as it is."""
+    if isinstance(group, ScalingGroup):
+        return group.balance(energy)
+    like = next(iter(energy.values()))
+    return map_element(partial(_spread, like.shape[:-1]), group.identity(like=like))
+
+
+def _spread(batch: torch.Size, part: Tensor) -> Tensor:
+    return part.expand((*batch, *part.shape))

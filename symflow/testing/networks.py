@@ -172,15 +172,17 @@ def weights(
     """
     drawn = tensors(*batch, arch.dimension, low=-3, high=3)
     spoilers = st.lists(st.sampled_from(sorted(_SPOILERS)), max_size=2, unique=True)
+    return st.builds(functools.partial(_spoilt, arch, dtype), drawn, spoilers, seeds())
 
-    def finish(w: Tensor, kinds: list[str], seed: int) -> Tensor:
-        w = w.clone()
-        for kind in kinds:
-            _SPOILERS[kind](arch, w, generator(seed))
-        _make_variances_positive(arch, w)
-        return w.to(dtype)
 
-    return st.builds(finish, drawn, spoilers, seeds())
+def _spoilt(
+    arch: Architecture, dtype: torch.dtype, w: Tensor, kinds: list[str], seed: int
+) -> Tensor:
+    w = w.clone()
+    for kind in kinds:
+        _SPOILERS[kind](arch, w, generator(seed))
+    _make_variances_positive(arch, w)
+    return w.to(dtype)
 
 
 def generic_weights(
@@ -194,14 +196,14 @@ def generic_weights(
     >>> find(generic_weights(mlp([1, 1, 1]), batch=(2,)), lambda w: True).shape
     torch.Size([2, 4])
     """
+    return seeds().map(functools.partial(_normal, arch, batch, dtype))
 
-    def draw(seed: int) -> Tensor:
-        shape = (*batch, arch.dimension)
-        w = torch.randn(shape, generator=generator(seed), dtype=torch.float64)
-        _make_variances_positive(arch, w)
-        return w.to(dtype)
 
-    return seeds().map(draw)
+def _normal(arch: Architecture, batch: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    shape = (*batch, arch.dimension)
+    w = torch.randn(shape, generator=generator(seed), dtype=torch.float64)
+    _make_variances_positive(arch, w)
+    return w.to(dtype)
 
 
 def _unit_of(arch: Architecture, g: torch.Generator) -> tuple[str, int, int] | None:

@@ -78,13 +78,16 @@ def tensors(
     """
     size = functools.reduce(lambda a, b: a * b, shape, 1)
 
-    def from_seed(seed: int) -> Tensor:
-        return torch.randint(low, high + 1, shape, generator=generator(seed)).to(dtype)
-
     if size > 16:
-        return seeds().map(from_seed)
+        return seeds().map(functools.partial(_whole_numbers, shape, low, high, dtype))
     entries = st.lists(st.integers(low, high), min_size=size, max_size=size)
     return entries.map(lambda values: torch.tensor(values, dtype=dtype).reshape(shape))
+
+
+def _whole_numbers(
+    shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype, seed: int
+) -> Tensor:
+    return torch.randint(low, high + 1, shape, generator=generator(seed)).to(dtype)
 
 
 # ---------------------------------------------------------------- groups and elements
