@@ -18,7 +18,7 @@ install: $(STAMP) ## make .venv with symflow (editable) and everything the other
 # Runs again when a dependency or a pin changes.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP) ## breast cancer from zoo to report: writes report.html

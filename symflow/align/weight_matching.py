@@ -18,7 +18,7 @@ from symflow.align.base import Aligner, Alignment, Found, Status, better, object
 from symflow.align.costs import Contraction, inner_product, nearest
 from symflow.arch import Axis, Element, Symmetry
 from symflow.errors import ShapeError
-from symflow.groups import map_element
+from symflow.groups import map_element, repeated
 from symflow.numerics import tolerance
 
 # Up to so many learnable weights a second start is tried by default.
@@ -185,10 +185,7 @@ class WeightMatching(Aligner):
         """Return where an ascent begins, and the axes that are best there, given the others."""
         symmetry = problem.symmetry
         start = self._starts(symmetry)[k]
-        element = {
-            name: map_element(lambda part: part.expand(len(w1), *part.shape).clone(), g)
-            for name, g in symmetry.identity(like=w1).items()
-        }
+        element = {name: repeated(g, len(w1)) for name, g in symmetry.identity(like=w1).items()}
         if start == "identity":
             return element, frozenset()
         weights = self._factors(problem, k) if start == "random" else None
@@ -262,8 +259,5 @@ def _step(
 
 def _nothing(symmetry: Symmetry, w: Tensor) -> Found:
     """Return the result for no networks."""
-    element = {
-        name: map_element(lambda part: part.expand(0, *part.shape), g)
-        for name, g in symmetry.identity(like=w).items()
-    }
+    element = {name: repeated(g, 0) for name, g in symmetry.identity(like=w).items()}
     return Found(element, w[None, :, 0], Status.CONVERGED, weights=w)

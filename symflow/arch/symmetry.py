@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -19,6 +20,7 @@ from symflow.groups import (
     map_element,
     monomial,
     reorder,
+    repeated,
 )
 
 Element = dict[str, Any]
@@ -65,12 +67,7 @@ class Symmetry:
         """Repeat an element for each unit of the axis that ``axis`` is over."""
         if axis.over is None:
             return g
-        n = self[axis.over].size
-
-        def repeat(part: Tensor) -> Tensor:
-            return part.expand(n, *part.shape).clone()
-
-        return map_element(repeat, g)
+        return repeated(g, self[axis.over].size)
 
     def random(
         self, *, generator: torch.Generator, like: Tensor, batch: tuple[int, ...] = ()
@@ -301,11 +298,11 @@ class Symmetry:
 
 def _lift(g: Any, dims: int) -> Any:
     """Put dimensions of size one in front of an element."""
+    return map_element(partial(_lifted, dims), g)
 
-    def lift(part: Tensor) -> Tensor:
-        return part.reshape((*(1,) * dims, *part.shape))
 
-    return map_element(lift, g)
+def _lifted(dims: int, part: Tensor) -> Tensor:
+    return part.reshape((*(1,) * dims, *part.shape))
 
 
 def _residual(axis: Axis) -> CompactGroup[Any]:

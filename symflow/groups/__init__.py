@@ -8,6 +8,7 @@ from symflow.groups.base import (
     along,
     map_element,
     reorder,
+    repeated,
 )
 from symflow.groups.cyclic import CyclicShift
 from symflow.groups.diagonal import DiagonalGroup, PositiveScale, Sign
@@ -45,4 +46,5 @@ __all__ = [
     "map_element",
     "monomial",
     "reorder",
+    "repeated",
 ]

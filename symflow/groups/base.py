@@ -9,6 +9,7 @@ any integer degree p by its p-th power.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -87,16 +88,30 @@ def reorder(g: Any, index: Tensor) -> Any:
     tensor([[2.],
             [1.]])
     """
+    return map_element(partial(_picked, index), g)
 
-    def pick(part: Tensor) -> Tensor:
-        batch = index.ndim - 1
-        inner = part.ndim - index.ndim
-        lead = torch.broadcast_shapes(part.shape[:batch], index.shape[:-1])
-        at = index.expand(*lead, -1).reshape(*lead, -1, *(1,) * inner)
-        wide = part.expand(*lead, *part.shape[batch:])
-        return torch.take_along_dim(wide, at, batch)
 
-    return map_element(pick, g)
+def repeated(g: Any, n: int) -> Any:
+    """Put a batch dimension with n copies in front of an element.
+
+    Examples
+    --------
+    >>> repeated(torch.tensor([1, 0]), 2)
+    tensor([[1, 0],
+            [1, 0]])
+    """
+    return map_element(partial(_copies, n), g)
+
+
+def _copies(n: int, part: Tensor) -> Tensor:
+    return part.expand(n, *part.shape).clone()
+
+
+def _picked(index: Tensor, part: Tensor) -> Tensor:
+    batch = index.ndim - 1
+    lead = torch.broadcast_shapes(part.shape[:batch], index.shape[:-1])
+    at = index.expand(*lead, -1).reshape(*lead, -1, *(1,) * (part.ndim - index.ndim))
+    return torch.take_along_dim(part.expand(*lead, *part.shape[batch:]), at, batch)
 
 
 class Group(ABC, Generic[E]):

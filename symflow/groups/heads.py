@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.errors import ShapeError
-from symflow.groups.base import CompactGroup, map_element, reorder
+from symflow.groups.base import CompactGroup, map_element, reorder, repeated
 from symflow.groups.permutation import assignment, invert
 
 Pair = tuple[Tensor, Any]
@@ -65,12 +65,8 @@ class Heads(CompactGroup[Pair]):
 
     def identity(self, *, like: Tensor) -> Pair:
         """Return blocks in place, each as it is."""
-
-        def repeat(part: Tensor) -> Tensor:
-            return part.expand(self.count, *part.shape).clone()
-
         index = torch.arange(self.count, device=like.device)
-        return index, map_element(repeat, self.inner.identity(like=like))
+        return index, repeated(self.inner.identity(like=like), self.count)
 
     def compose(self, g: Pair, h: Pair) -> Pair:
         """Multiply: the blocks of ``h`` move before the inner elements of ``g`` act."""
