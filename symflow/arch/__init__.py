@@ -1,6 +1,7 @@
 """Architectures: leaves, axes, and the symmetry of a network's weights."""
 
 from symflow.arch.architecture import Architecture, StateDict, Weights
+from symflow.arch.coordinates import InputCoordinates
 from symflow.arch.fold import Folded, fold_gains
 from symflow.arch.labels import FIXED, Atom, Label
 from symflow.arch.layout import Axis, Dim, Leaf
@@ -19,6 +20,7 @@ __all__ = [
     "Dim",
     "Element",
     "Folded",
+    "InputCoordinates",
     "Label",
     "Leaf",
     "StateDict",

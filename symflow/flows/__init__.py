@@ -2,8 +2,9 @@
 
 from symflow.flows.coupling import Coupling, Independent, MiniBatchOT, RunCoupling
 from symflow.flows.fit import FitSettings
-from symflow.flows.flow import Flow, WeightZoo, load
+from symflow.flows.flow import Flow, WeightZoo
 from symflow.flows.guidance import Guidance
+from symflow.flows.load import load
 from symflow.flows.path import GeodesicPath, Path, Straight
 from symflow.flows.presets import balanced, euclidean, geometric, normalized
 from symflow.flows.recipe import Recipe

@@ -14,6 +14,7 @@ from symflow.errors import ShapeError, StateError, SymflowWarning
 from symflow.files import digest, load_tensors, require_same, save_tensors
 from symflow.flows.path import interpolate, velocity_to
 from symflow.flows.require import number, whole
+from symflow.nn import RelationalTransformer, VectorField
 
 if TYPE_CHECKING:
     from symflow.flows.flow import Flow
@@ -135,8 +136,10 @@ class Trainer:
         self.flow = flow
         self.settings = settings
         self.inputs = inputs
-        if inputs is not None and settings.behaviour > 0:
+        if inputs is not None and (settings.behaviour > 0 or getattr(flow.field, "probes", None)):
             self.inputs = _network_inputs(flow, inputs, ends)
+            if flow.coordinates is not None:
+                self.inputs = flow.coordinates.features(self.inputs)
         # What the result depends on beside the settings: a checkpoint belongs to it.
         self.data = {
             "zoo": digest(starts, ends),
@@ -150,6 +153,7 @@ class Trainer:
         self._set_floor(ends)
         x0, x1 = self._pairs(self._generator(-1), self.starts, self.ends, _UNIT_PAIRS)
         flow.field.standardise(torch.cat([x0, x1]))
+        self._look(flow.field)
         self.unit = _leaf_rms(flow, x1 - x0)
         kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = kind(
@@ -238,11 +242,11 @@ class Trainer:
             raise StateError("the behaviour loss needs inputs")
         count = min(self.settings.behaviour_inputs, len(self.inputs))
         rows = torch.randint(len(self.inputs), (count,), generator=generator)
-        x = self.inputs[rows].to(end)
+        x, network = self.inputs[rows].to(end), self.flow.inner
         with torch.no_grad():
             # A copy: the first step of a network may change its input in place.
-            truth = F.log_softmax(self.flow.arch.apply(self.flow.decode(end), x.clone()), dim=-1)
-        guess = F.log_softmax(self.flow.arch.apply(self.flow.decode(predicted), x), dim=-1)
+            truth = F.log_softmax(network.apply(self.flow.decode_inner(end), x.clone()), dim=-1)
+        guess = F.log_softmax(network.apply(self.flow.decode_inner(predicted), x), dim=-1)
         return F.kl_div(guess, truth, log_target=True, reduction="none").sum(-1).mean()
 
     def _pairs(
@@ -272,6 +276,14 @@ class Trainer:
         if recipe.alignment == "pair" and recipe.coupling.keeps_runs() and x0 is not None:
             x1 = self.flow.align(x0, x1)
         return x0, x1
+
+    def _look(self, field: VectorField) -> None:
+        """Give a field with probes some of the inputs."""
+        if isinstance(field, RelationalTransformer) and field.probes is not None:
+            if self.inputs is None:
+                raise StateError("a field with probes looks at data: pass inputs=task.x_train")
+            rows = torch.randperm(len(self.inputs), generator=self._generator(-4))
+            field.look_at(self.inputs[rows[: field.probes.count]])
 
     def _check_source(self, starts: Tensor | None) -> None:
         """Warn if the source, where samples start, is unlike the recorded initial weights."""
@@ -370,9 +382,9 @@ def _network_inputs(flow: "Flow", inputs: Any, ends: Tensor) -> Tensor:
 def _leaf_rms(flow: "Flow", change: Tensor) -> Tensor:
     """Root mean square of a change, one number for each leaf, spread over its coordinates."""
     unit = torch.ones(change.shape[-1], dtype=change.dtype, device=change.device)
-    for leaf in flow.arch.leaves:
+    for leaf in flow.inner.leaves:
         size = change[:, leaf.span].square().mean().sqrt()
         unit[leaf.span] = size if float(size) > 0 else 1.0
-    extra = change[:, flow.arch.dimension :].square().mean(0).sqrt()
-    unit[flow.arch.dimension :] = torch.where(extra > 0, extra, torch.ones_like(extra))
+    extra = change[:, flow.inner.dimension :].square().mean(0).sqrt()
+    unit[flow.inner.dimension :] = torch.where(extra > 0, extra, torch.ones_like(extra))
     return unit

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symflow.arch import Architecture
+from symflow.arch import Architecture, InputCoordinates
 from symflow.errors import FileFormatError, ShapeError, StateError
-from symflow.files import load_tensors, save_tensors
+from symflow.files import digest, save_tensors
 from symflow.flows.fit import FitSettings, Trainer
 from symflow.flows.guidance import Guidance
 from symflow.flows.path import velocity_to
 from symflow.flows.recipe import Recipe
-from symflow.flows.require import field_for, networks, number, structure, whole
+from symflow.flows.require import coordinates_for, field_for, networks, number, structure, whole
 from symflow.flows.solve import solve
 from symflow.nn import RelationalTransformer, VectorField
 from symflow.quotient import Quotient
@@ -61,6 +61,9 @@ class Flow:
         The parts.
     field
         The network; a :class:`~symflow.nn.RelationalTransformer` by default.
+    coordinates
+        Coordinates of the first linear map in which the flow works; weights go in and come out as
+        they are. A field given must be for ``coordinates.arch``.
     seed
         Of the default field's initialisation.
     **field_options
@@ -89,19 +92,22 @@ class Flow:
         recipe: Recipe,
         field: VectorField | None = None,
         *,
+        coordinates: InputCoordinates | None = None,
         seed: int = 0,
         **field_options: Any,
     ) -> None:
         self.arch = arch
         self.recipe = recipe
-        self.section = recipe.build_section(arch)
-        self.quotient = Quotient(arch, self.section)
+        self.coordinates = coordinates_for(arch, coordinates)
+        self.inner = arch if coordinates is None else coordinates.arch
+        self.section = recipe.build_section(self.inner)
+        self.quotient = Quotient(self.inner, self.section)
         self.space = recipe.path.space(self.section)
-        self.extra = self.section.state_manifold.dimension - arch.dimension
+        self.extra = self.section.state_manifold.dimension - self.inner.dimension
         self._options = dict(field_options, seed=seed) if field is None else None
         if field is None:
-            field = RelationalTransformer(arch, extra=self.extra, seed=seed, **field_options)
-        self.field = field_for(arch, field, self.extra)
+            field = RelationalTransformer(self.inner, extra=self.extra, seed=seed, **field_options)
+        self.field = field_for(self.inner, field, self.extra)
         self.average = copy.deepcopy(field).requires_grad_(False)
         self.floor = torch.full((arch.dimension,), -torch.inf)
         self.history: list[dict[str, float]] = []
@@ -110,13 +116,19 @@ class Flow:
 
     def encode(self, w: Float[Tensor, "*batch D"]) -> States:
         """Return the state of weights: the section's point and the removed log-scales."""
-        return torch.cat(self.section.split(w), dim=-1)
+        c = w if self.coordinates is None else self.coordinates.encode(w)
+        return torch.cat(self.section.split(c), dim=-1)
 
     def decode(self, x: States) -> Float[Tensor, "*batch D"]:
         """Return the weights of a state; statistics that were positive in the zoo stay so."""
-        point, removed = x.split([self.arch.dimension, self.extra], dim=-1)
-        w = self.section.join(point, removed)
+        w = self.decode_inner(x)
+        w = w if self.coordinates is None else self.coordinates.decode(w)
         return torch.maximum(w, self.floor.to(w)) if bool(self.floor.isfinite().any()) else w
+
+    def decode_inner(self, x: States) -> Float[Tensor, "*batch R"]:
+        """Return the weights of a state in the coordinates that the flow works in."""
+        point, removed = x.split([self.inner.dimension, self.extra], dim=-1)
+        return self.section.join(point, removed)
 
     def draw(self, n: int, generator: torch.Generator, dtype: torch.dtype) -> States:
         """Draw states from the source."""
@@ -125,7 +137,7 @@ class Flow:
 
     def align(self, x0: States, x1: States) -> States:
         """Move each state x1 next to x0 along its orbit of the compact group (broadcasts)."""
-        d = self.arch.dimension
+        d = self.inner.dimension
         moved = self.quotient.align_points(x0[..., :d], x1[..., :d]).weights
         return torch.cat([moved, x1[..., d:].expand(*moved.shape[:-1], self.extra)], dim=-1)
 
@@ -322,7 +334,11 @@ class Flow:
             **{f"field.{k}": v for k, v in self.field.state_dict().items()},
             **{f"average.{k}": v for k, v in self.average.state_dict().items()},
             "floor": self.floor,
+            **{f"coordinates.{k}": v for k, v in self._chart().items()},
         }
+
+    def _chart(self) -> dict[str, Tensor]:
+        return {} if self.coordinates is None else self.coordinates.tensors()
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies the flow: architecture, recipe, field."""
@@ -334,6 +350,7 @@ class Flow:
             "field": type(self.field).__name__,
             "options": self._options,
             "structure": structure(self.field),
+            "coordinates": digest(*self._chart().values()) if self._chart() else None,
         }
 
     def restore(self, tensors: dict[str, Tensor], history: list[dict[str, float]]) -> None:
@@ -350,60 +367,3 @@ class Flow:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the flow to one safetensors file, atomically."""
         save_tensors(path, self.tensors(), {**self.describe(), "history": self.history})
-
-
-def load(
-    path: str | os.PathLike[str],
-    arch: Architecture | None = None,
-    field: VectorField | None = None,
-) -> Flow:
-    """Read a flow that :meth:`Flow.save` wrote.
-
-    Parameters
-    ----------
-    path
-        The file.
-    arch
-        Its architecture; needed unless it was made by :func:`symflow.mlp`.
-    field
-        A network like the one it was trained with; needed if that was the user's own.
-
-    Raises
-    ------
-    FileFormatError
-        If the file is truncated, foreign, or belongs to another architecture or field.
-
-    Examples
-    --------
-    >>> import symflow, tempfile
-    >>> flow = symflow.flows.balanced(symflow.mlp([2, 3, 2]), width=8, depth=1)
-    >>> file = FilePath(tempfile.mkdtemp()) / "flow.safetensors"
-    >>> flow.save(file)
-    >>> load(file).recipe == flow.recipe
-    True
-    """
-    from symflow.arch import from_config
-
-    tensors, meta = load_tensors(path)
-    if meta.get("kind") != "flow":
-        raise FileFormatError(f"{path} holds no flow (kind {meta.get('kind')!r})")
-    if arch is None:
-        if meta["arch"] is None:
-            raise FileFormatError(f"{path}: the flow was made for a module of yours; pass arch=")
-        arch = from_config(meta["arch"])
-    if arch.fingerprint != meta["fingerprint"]:
-        raise FileFormatError(
-            f"{path} belongs to an architecture with fingerprint {meta['fingerprint']}, the one "
-            f"given has {arch.fingerprint}"
-        )
-    if field is None and meta["options"] is None:
-        raise FileFormatError(f"{path}: the flow has a {meta['field']} of yours; pass field=")
-    recipe = Recipe.from_json(meta["recipe"])
-    flow = Flow(arch, recipe, field, **(meta["options"] or {} if field is None else {}))
-    if field is not None and meta.get("structure", structure(field)) != structure(field):
-        raise FileFormatError(
-            f"{path} holds the weights of another {meta['field']} than the one given: pass a field "
-            "with the options (such as heads) that it was trained with"
-        )
-    flow.restore(tensors, meta["history"])
-    return flow

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from symflow.arch import Architecture
+from symflow.arch import Architecture, InputCoordinates
 from symflow.errors import EquivarianceError, LeafError, ShapeError
 from symflow.nn import VectorField
 
@@ -100,6 +100,28 @@ def networks(arch: Architecture, zoo: Any, name: str) -> tuple[Tensor | None, Te
             "have one row for each run"
         )
     return initial, final
+
+
+def coordinates_for(arch: Architecture, coordinates: Any) -> InputCoordinates | None:
+    """Check that coordinates belong to an architecture.
+
+    Raises
+    ------
+    ShapeError
+        If they are none, or of another architecture.
+    """
+    if coordinates is None:
+        return None
+    if not isinstance(coordinates, InputCoordinates):
+        raise ShapeError(
+            f"coordinates must be InputCoordinates, got {_shown(coordinates)}: make them by "
+            "InputCoordinates.of_inputs(arch, task.x_train, rank=...)"
+        )
+    if coordinates.outer.fingerprint != arch.fingerprint:
+        raise ShapeError(
+            f"the coordinates were made for {coordinates.outer!r}, the flow is for {arch!r}"
+        )
+    return coordinates
 
 
 def field_for(arch: Architecture, field: Any, extra: int) -> VectorField:

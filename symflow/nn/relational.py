@@ -4,14 +4,16 @@ from typing import final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from symflow.arch import Architecture
 from symflow.errors import ShapeError
 from symflow.nn.base import VectorField, permutations, seeded
 from symflow.nn.layered import LayeredNetwork
-from symflow.nn.layout import layered_layout, symmetric_layout
-from symflow.nn.tokens import TokenNetwork
+from symflow.nn.layout import Parts, layered_layout, symmetric_layout
+from symflow.nn.probes import Probes
+from symflow.nn.tokens import TimeFeatures, TokenNetwork
 
 
 @final
@@ -35,8 +37,14 @@ class RelationalTransformer(VectorField):
         Attention heads of the default layout; must divide ``width``. ``nodes="all"`` has one.
     edge_width
         Features of an edge in the default layout: edges are the many, so they are light.
+    time_width
+        Features of the time, in the default layout; ``width`` by default. Every layer has a map
+        from them to six numbers for each feature of a token: a good share of all parameters.
     nodes
         ``"symmetric"`` or ``"all"``.
+    probes, probe_kinds
+        Number of inputs on which the default layout sees what the network does (set by
+        :meth:`look_at`; a flow takes them from the inputs it is fitted with), and of gradients.
     extra
         Further coordinates behind the weights, such as a log-temperature.
     residual
@@ -77,7 +85,10 @@ class RelationalTransformer(VectorField):
         depth: int = 3,
         heads: int = 4,
         edge_width: int = 16,
+        time_width: int | None = None,
         nodes: str = "symmetric",
+        probes: int = 0,
+        probe_kinds: int = 2,
         extra: int = 0,
         residual: bool = True,
         groups: str | None = None,
@@ -91,16 +102,27 @@ class RelationalTransformer(VectorField):
             )
         if nodes not in ("symmetric", "all"):
             raise ShapeError(f"nodes must be 'symmetric' or 'all', got {nodes!r}")
+        if nodes == "all" and probes:
+            raise ShapeError("probes are for nodes='symmetric', got nodes='all'")
         self.residual = residual
         make = symmetric_layout if nodes == "symmetric" else layered_layout
         self.layout = make(arch, extra=extra)
         with seeded(seed):
+            self.probes = Probes(arch, probes, probe_kinds) if probes else None
             if nodes == "symmetric":
-                self.network = TokenNetwork(self.layout, width, depth, heads, edge_width)
+                time_width = width if time_width is None else time_width
+                seen = probe_kinds if probes else 0
+                more = seen * len(arch.leaves)
+                self.network = TokenNetwork(
+                    self.layout, width, depth, heads, edge_width, time_width, seen, more
+                )
+                self.clock = TimeFeatures(time_width) if probes else None
+                self.gains = nn.Linear(time_width, more) if probes else None
             else:
+                self.clock, self.gains = None, None
                 self.network = LayeredNetwork(self.layout, width, depth)
         with torch.no_grad():
-            for head in self.network.heads_out():
+            for head in (*self.network.heads_out(), *([self.gains] if self.gains else [])):
                 head.weight.zero_()
                 head.bias.zero_()
         self.order: Tensor
@@ -114,5 +136,37 @@ class RelationalTransformer(VectorField):
         """Return the predicted end (``residual``) or the velocity, as ``x``."""
         self.require_point(x, t)
         parts = self.layout.cut(self.standardised(x).index_select(-1, self.order))
-        out = self.network(parts, t.to(x)).join().index_select(-1, self.back) * self.scale
+        t = t.to(x)
+        if self.probes is None or self.clock is None or self.gains is None:
+            out = self.network(parts, t).join().index_select(-1, self.back)
+        else:
+            gradients, sizes = self.probes(x[:, : self.arch.dimension])
+            gradients = F.pad(gradients, (0, self.extra))
+            seen = self.layout.cut(gradients.index_select(-1, self.order))
+            out = self.network(_beside(parts, seen, sizes), t).join().index_select(-1, self.back)
+            gains = self.gains(self.clock(t)).unflatten(-1, (gradients.shape[1], -1))
+            gains = F.pad(gains[..., self._leaf_of[: self.arch.dimension]], (0, self.extra))
+            out = out + (gains * gradients).sum(1)
+        out = out * self.scale
         return x + out if self.residual else out
+
+    def look_at(self, inputs: Float[Tensor, "n *shape"]) -> "RelationalTransformer":
+        """Set the probe inputs, if the field has probes; see :class:`~symflow.nn.probes.Probes`."""
+        if self.probes is not None:
+            self.probes.look_at(inputs)
+        return self
+
+
+def _beside(parts: Parts, seen: Parts, sizes: Tensor) -> Parts:
+    """Put gradients (B, kinds, ...) beside the weights they are gradients by."""
+    return Parts(
+        torch.cat([parts.whole, seen.whole.flatten(1), sizes], dim=-1),
+        tuple(
+            torch.cat([x, g.movedim(1, -2).flatten(-2)], dim=-1)
+            for x, g in zip(parts.nodes, seen.nodes, strict=True)
+        ),
+        tuple(
+            torch.cat([x, g.movedim(1, -2).flatten(-2)], dim=-1)
+            for x, g in zip(parts.edges, seen.edges, strict=True)
+        ),
+    )

@@ -80,11 +80,13 @@ class EdgeUpdate(nn.Module):
 class TokenLayer(nn.Module):
     """Attention among all tokens, messages along edges, an MLP for each token; time by AdaLN."""
 
-    def __init__(self, layout: Layout, width: int, heads: int, edge_width: int) -> None:
+    def __init__(
+        self, layout: Layout, width: int, heads: int, edge_width: int, time_width: int
+    ) -> None:
         nn.Module.__init__(self)
         self.layout = layout
         self.heads = heads
-        self.time = nn.Linear(width, 6 * width)
+        self.time = nn.Linear(time_width, 6 * width)
         nn.init.zeros_(self.time.weight)
         nn.init.zeros_(self.time.bias)
         with torch.no_grad():  # gates start open: the layer begins as a plain transformer layer
@@ -97,7 +99,7 @@ class TokenLayer(nn.Module):
         self.updates = nn.ModuleList(EdgeUpdate(width, edge_width) for _ in layout.edges)
 
     def forward(
-        self, h: Float[Tensor, "B N W"], edges: list[Tensor], time: Float[Tensor, "B W"]
+        self, h: Float[Tensor, "B N W"], edges: list[Tensor], time: Float[Tensor, "B T"]
     ) -> tuple[Float[Tensor, "B N W"], list[Tensor]]:
         """Update tokens, then edges."""
         shift_a, scale_a, gate_a, shift_b, scale_b, gate_b = self.time(time)[:, None].chunk(6, -1)
@@ -136,15 +138,28 @@ class TokenNetwork(nn.Module):
     them has a state.
     """
 
-    def __init__(self, layout: Layout, width: int, depth: int, heads: int, edge_width: int) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        width: int,
+        depth: int,
+        heads: int,
+        edge_width: int,
+        time_width: int,
+        seen: int = 0,
+        more: int = 0,
+    ) -> None:
         nn.Module.__init__(self)
         self.layout = layout
-        self.time = TimeFeatures(width)
-        self.whole_in = nn.Linear(layout.features, width)
-        self.nodes_in = nn.ModuleList(nn.Linear(b.features, width) for b in layout.nodes)
-        self.edges_in = nn.ModuleList(nn.Linear(e.features, edge_width) for e in layout.edges)
+        self.time = TimeFeatures(time_width)
+        times = 1 + seen
+        self.whole_in = nn.Linear(times * layout.features + more, width)
+        self.nodes_in = nn.ModuleList(nn.Linear(times * b.features, width) for b in layout.nodes)
+        self.edges_in = nn.ModuleList(
+            nn.Linear(times * e.features, edge_width) for e in layout.edges
+        )
         self.layers = nn.ModuleList(
-            TokenLayer(layout, width, heads, edge_width) for _ in range(depth)
+            TokenLayer(layout, width, heads, edge_width, time_width) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.whole_out = nn.Linear(width, layout.features)
