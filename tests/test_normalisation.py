@@ -17,7 +17,7 @@ from symflow.evaluate import (
     compared,
     fit_temperature,
     loss,
-    normalisation,
+    moments,
     predict,
     reset_normalisation,
 )
@@ -254,13 +254,13 @@ def test_images_are_taken_in_pieces_of_bounded_size(monkeypatch):
     monkeypatch.setattr(predict, "_ACTIVATIONS", 64 * 6)
     arch, w, x = made("convolution", 5, n=4)
     seen: list[int] = []
-    run = normalisation.functional_call
+    run = moments.functional_call
 
     def spy(module, leaves, inputs, **options):
         seen.append(len(inputs[0]))
         return run(module, leaves, inputs, **options)
 
-    monkeypatch.setattr(normalisation, "functional_call", spy)
+    monkeypatch.setattr(moments, "functional_call", spy)
     reset_normalisation(arch, w, x)
     # One network at a time sees all four inputs; then two layers, five networks.
     assert seen == [1, *[4] * 10]

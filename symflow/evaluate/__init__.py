@@ -13,6 +13,7 @@ from symflow.evaluate.predict import (
     loss,
     probabilities,
 )
+from symflow.evaluate.repair import repair
 
 __all__ = [
     "Averaged",
@@ -30,6 +31,7 @@ __all__ = [
     "loss",
     "nearest",
     "probabilities",
+    "repair",
     "reset_normalisation",
     "weight_average",
 ]
