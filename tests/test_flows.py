@@ -576,10 +576,12 @@ def test_files_of_others_are_refused(trained, tmp_path, arch):
         load(tmp_path / "missing.safetensors")
 
 
-@pytest.mark.parametrize("preset", ["geometric", "balanced"])
-def test_resumed_training_equals_uninterrupted(preset, arch, tmp_path):
+@pytest.mark.parametrize(
+    ("preset", "optimizer"), [("geometric", "adam"), ("balanced", "adam"), ("balanced", "muon")]
+)
+def test_resumed_training_equals_uninterrupted(preset, optimizer, arch, tmp_path):
     zoo = toy_zoo(arch)
-    settings = {"steps": 10, "checkpoint_every": 4, "log_every": 3}
+    settings = {"optimizer": optimizer, "steps": 10, "checkpoint_every": 4, "log_every": 3}
     whole = make(preset, arch).fit(zoo, **settings)
 
     class Stop(Exception):

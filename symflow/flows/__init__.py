@@ -1,13 +1,13 @@
 """Flow matching over weights: assembled from source, coupling, path, time law and network."""
 
 from symflow.flows.coupling import Coupling, Independent, MiniBatchOT, RunCoupling
-from symflow.flows.fit import FitSettings
 from symflow.flows.flow import Flow, WeightZoo
 from symflow.flows.guidance import Guidance
 from symflow.flows.load import load
 from symflow.flows.path import GeodesicPath, Path, Straight
 from symflow.flows.presets import balanced, euclidean, geometric, normalized
 from symflow.flows.recipe import Recipe
+from symflow.flows.settings import FitSettings
 from symflow.flows.source import FanIn, Gaussian, Source
 from symflow.flows.time import BetaTime, TimeLaw
 

@@ -1,8 +1,7 @@
 """The training loop of a flow: resumable, and the same with or without an interruption."""
 
-import math
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 from symflow.errors import ShapeError, StateError, SymflowWarning
 from symflow.files import digest, load_tensors, require_same, save_tensors
 from symflow.flows.path import interpolate, velocity_to
-from symflow.flows.require import number, whole
+from symflow.flows.settings import FitSettings
 from symflow.nn import RelationalTransformer, VectorField
 
 if TYPE_CHECKING:
@@ -21,93 +20,6 @@ if TYPE_CHECKING:
 
 _UNIT_PAIRS = 256
 _VALIDATION_DRAWS = 256
-
-
-@final
-@dataclass(frozen=True)
-class FitSettings:
-    """How a flow is trained.
-
-    Attributes
-    ----------
-    steps, batch_size
-        Number of optimiser steps, and pairs in each.
-    optimizer, lr, weight_decay, schedule, warmup, clip
-        ``"adam"`` or ``"adamw"``; peak step size; decay; ``"cosine"`` to zero or ``"constant"``
-        after a linear warm-up of so many steps; largest gradient norm.
-    ema
-        Decay of the running average of the network's weights, which samples are drawn with.
-    behaviour, behaviour_inputs
-        Weight of the behaviour loss, the mean KL divergence between the predictions of the true end
-        and of the predicted one on so many random inputs. Errors that change the function count,
-        others do not.
-    seed
-        Of everything random. Each step has its own generator, so that a resumed run draws the same.
-    checkpoint_every, log_every
-        Steps between checkpoints (with a folder) and between records in ``flow.history``.
-
-    Raises
-    ------
-    ShapeError
-        If one is out of range or unknown; it names the setting.
-
-    Examples
-    --------
-    >>> FitSettings(steps=100).rate(99) < FitSettings(steps=100).rate(50)
-    True
-    """
-
-    steps: int = 10_000
-    batch_size: int = 32
-    optimizer: str = "adam"
-    lr: float = 0.001
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup: int = 50
-    clip: float = 1.0
-    ema: float = 0.999
-    behaviour: float = 0.0
-    behaviour_inputs: int = 128
-    seed: int = 0
-    checkpoint_every: int = 1000
-    log_every: int = 100
-
-    def __post_init__(self) -> None:
-        # Set as plain numbers: NumPy's cannot be written as JSON.
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "behaviour_inputs"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
-        object.__setattr__(self, "warmup", whole("warmup", self.warmup, 0))
-        object.__setattr__(self, "seed", whole("seed", self.seed, -(2**32), 2**32))
-        for name in ("lr", "weight_decay", "behaviour"):
-            object.__setattr__(self, name, number(name, getattr(self, name)))
-        object.__setattr__(self, "ema", number("ema", self.ema, below=1.0))
-        object.__setattr__(self, "clip", number("clip", self.clip))
-        if self.clip == 0:
-            raise ShapeError("clip must be positive, got 0: no gradient is that small")
-        if self.optimizer not in ("adam", "adamw") or self.schedule not in ("cosine", "constant"):
-            raise ShapeError(
-                "optimizer must be 'adam' or 'adamw' and schedule 'cosine' or 'constant', got "
-                f"{self.optimizer!r} and {self.schedule!r}"
-            )
-
-    @staticmethod
-    def of(settings: dict[str, Any]) -> "FitSettings":
-        """Make settings of keyword arguments, and say which there are if one is unknown."""
-        known = [f.name for f in fields(FitSettings)]
-        unknown = [name for name in settings if name not in known]
-        if unknown:
-            raise ShapeError(
-                f"unknown setting(s) {', '.join(unknown)}: the settings of a fit are "
-                f"{', '.join(known)}"
-            )
-        return FitSettings(**settings)
-
-    def rate(self, step: int) -> float:
-        """Return the step size of a step."""
-        rate = self.lr * min(1.0, (step + 1) / max(1, self.warmup))
-        if self.schedule == "constant":
-            return rate
-        return rate * (1 + math.cos(math.pi * step / self.steps)) / 2
 
 
 @final
@@ -155,10 +67,7 @@ class Trainer:
         flow.field.standardise(torch.cat([x0, x1]))
         self._look(flow.field)
         self.unit = _leaf_rms(flow, x1 - x0)
-        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-        self.optimizer = kind(
-            flow.field.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-        )
+        self.optimizers = settings.optimizers_over(list(flow.field.parameters()))
         flow.average.load_state_dict(flow.field.state_dict())
         flow.history = []
         self.step = 0
@@ -193,17 +102,20 @@ class Trainer:
     def _advance(self) -> float:
         flow = self.flow
         generator = self._generator(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.settings.rate(self.step)
         loss = self._loss(generator, self.starts, self.ends, self.settings.batch_size, flow.field)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(flow.field.parameters(), self.settings.clip)
         if not bool(norm.isfinite()):
             raise StateError(
                 f"the flow diverged at step {self.step}: lower lr (now {self.settings.lr})"
             )
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         # Early averages would be dominated by the untrained network.
         decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
@@ -325,8 +237,12 @@ class Trainer:
     # ---------------------------------------------------------------- checkpoints
 
     def _save(self, file: Path) -> None:
-        state = self.optimizer.state_dict()["state"]
-        moments = {f"optimizer.{i}.{k}": v for i, s in state.items() for k, v in s.items()}
+        moments = {
+            f"optimizer.{n}.{i}.{k}": v
+            for n, optimizer in enumerate(self.optimizers)
+            for i, state in optimizer.state_dict()["state"].items()
+            for k, v in state.items()
+        }
         meta = {
             **self.flow.describe(),
             "history": self.flow.history,
@@ -343,13 +259,14 @@ class Trainer:
         require_same(file, meta.get("settings", {}), asdict(self.settings))
         require_same(file, meta.get("data", {}), self.data)
         self.flow.restore(tensors, meta["history"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = value
-        full = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
+        for n, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer.{n}."):
+                    _, _, index, name = key.split(".", 3)
+                    state.setdefault(int(index), {})[name] = value
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.step = int(meta["step"])
 
 

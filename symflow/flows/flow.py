@@ -13,11 +13,12 @@ from torch import Tensor
 from symflow.arch import Architecture, InputCoordinates
 from symflow.errors import FileFormatError, ShapeError, StateError
 from symflow.files import digest, save_tensors
-from symflow.flows.fit import FitSettings, Trainer
+from symflow.flows.fit import Trainer
 from symflow.flows.guidance import Guidance
 from symflow.flows.path import velocity_to
 from symflow.flows.recipe import Recipe
 from symflow.flows.require import coordinates_for, field_for, networks, number, structure, whole
+from symflow.flows.settings import FitSettings
 from symflow.flows.solve import solve
 from symflow.nn import RelationalTransformer, VectorField
 from symflow.quotient import Quotient
