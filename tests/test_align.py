@@ -5,12 +5,23 @@ import itertools
 
 import pytest
 import torch
+from catalogue import resnet20
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 import symflow
-from symflow.align import Aligner, Status, WeightMatching, objective, objective_bound
+from symflow.align import (
+    Aligner,
+    Status,
+    WeightMatching,
+    ascent,
+    objective,
+    objective_bound,
+    stacks,
+    weight_matching,
+)
 from symflow.errors import NotIsometricError, ShapeError
 from symflow.testing import aligner_laws, concrete_classes
 
@@ -232,3 +243,38 @@ def test_aligned_weights_are_differentiable():
     back = arch.symmetry.act(arch.symmetry.inverse(found.element), w0)
     assert torch.allclose(slope, back)
     assert not WeightMatching()(arch.symmetry, w0, w1.detach()).weights.requires_grad
+
+
+def residual():
+    """A ResNet that only permutations move."""
+    arch = symflow.Architecture.from_module(resnet20(4), torch.zeros(2, 3, 16, 16))
+    return arch.with_groups({axis.name: symflow.Permutation(axis.size) for axis in arch.axes})
+
+
+@pytest.mark.parametrize("starts", [("sequential",), ("random",), ("identity",)])
+@pytest.mark.parametrize("net", [residual, lambda: symflow.mlp([5, 16, 12, 3], "gelu")])
+def test_stacks_find_what_the_contraction_of_each_leaf_finds(monkeypatch, net, starts):
+    arch = net()
+    w0, w1 = networks(arch, 0), networks(arch, 1)
+    matching = WeightMatching(starts)
+    assert stacks.layout(arch.symmetry) is not None
+    fast = matching(arch.symmetry, w0, w1)
+    monkeypatch.setattr(weight_matching, "layout", lambda symmetry: None)
+    slow = matching(arch.symmetry, w0, w1)
+    assert fast.status is slow.status
+    torch.testing.assert_close(fast.history, slow.history)
+    assert torch.equal(fast.weights, slow.weights)
+    assert all(torch.equal(g, slow.element[name]) for name, g in fast.element.items())
+
+
+@pytest.mark.parametrize("guess", ["none", "near", "solution"])
+def test_prices_leave_the_best_assignment_as_it_is(generator, dtype, guess):
+    n = 60
+    a, b = torch.randn(2, n, generator=generator, dtype=dtype)
+    c = 3 * a[:, None] * b + 20 * b + torch.rand(n, n, generator=generator, dtype=dtype) / 10
+    assert len(c.argmax(1).unique()) < n / 4  # places that all units want: prices are used
+    truth = torch.from_numpy(linear_sum_assignment(c, maximize=True)[1])
+    g = {"none": None, "near": truth[[1, 0, *range(2, n)]], "solution": truth}[guess]
+    found = ascent.best(symflow.Permutation(n), c, g)
+    value, greatest = (c.double().gather(1, x[:, None]).sum() for x in (found, truth))
+    torch.testing.assert_close(value, greatest)

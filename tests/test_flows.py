@@ -373,7 +373,7 @@ def test_what_is_fitted_must_be_networks(arch, unchecked):
         ({"clip": 0.0}, "clip must be positive, got 0"),
         ({"clip": -1.0}, "clip must be a finite number of at least 0, got -1"),
         ({"behaviour": -1.0}, "behaviour must be a finite number of at least 0, got -1"),
-        ({"optimizer": "lion"}, "optimizer must be 'adam' or 'adamw'"),
+        ({"optimizer": "lion"}, "optimizer must be one of adam, adamw, muon"),
         (
             {"step": 3, "rate": 1},
             r"unknown setting\(s\) step, rate: .* are steps, batch_size",

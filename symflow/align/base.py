@@ -187,7 +187,10 @@ def objective(
     tensor(6.)
     """
     counted = sum(leaf.size for leaf in symmetry.leaves if leaf.learnable)
-    return torch.linalg.vecdot(w0[..., :counted], w1[..., :counted])
+    w0, w1 = w0[..., :counted], w1[..., :counted]
+    if w0[..., 0].numel() == 1 and w0.dtype == w1.dtype and w1.ndim >= w0.ndim:
+        return w1 @ w0.flatten()  # one network against all: no products are written down
+    return torch.linalg.vecdot(w0, w1)
 
 
 def where(keep: Tensor, element: Any, other: Any) -> Any:

@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from symflow.align.ascent import Ascent
 from symflow.align.base import Aligner, Alignment, Found, Status, better, objective, require_compact
 from symflow.align.costs import Contraction, inner_product, nearest
+from symflow.align.stacks import layout
 from symflow.arch import Axis, Element, Symmetry
 from symflow.errors import ShapeError
 from symflow.groups import map_element, repeated
@@ -93,11 +95,13 @@ class WeightMatching(Aligner):
         """Ascend from every start; ``w0`` may be one network for all."""
         if not len(w1):
             return _nothing(symmetry, w1)
+        starts = self._starts(symmetry)
+        plan = layout(symmetry) if len(w0) == len(w1) == 1 else None
+        if plan is not None:
+            ascent = Ascent(symmetry, plan, w0, w1, self.max_sweeps)
+            return _best([ascent.run(start, self._generator(k)) for k, start in enumerate(starts)])
         problem = Contraction(symmetry, w0, w1)
-        ends = [self._ascend(problem, w0, w1, k) for k in range(len(self._starts(symmetry)))]
-        # Converged only if every ascent is, whichever is kept.
-        limited = [x.status for x in ends if x.status is not Status.CONVERGED]
-        return replace(reduce(better, ends), status=(limited or [Status.CONVERGED])[0])
+        return _best([self._ascend(problem, w0, w1, k) for k in range(len(starts))])
 
     def _starts(self, symmetry: Symmetry) -> Sequence[str]:
         if self.starts is not None:
@@ -205,13 +209,22 @@ class WeightMatching(Aligner):
 
     def _factors(self, problem: Contraction, k: int) -> dict[str, Tensor]:
         """Draw one positive factor for each fixed coordinate: the same for all units."""
-        generator = torch.Generator().manual_seed(self.seed * 1009 + k)
+        generator = self._generator(k)
         return {
             place.leaf.name: torch.rand(problem.width(place), generator=generator) * 2
             for places in problem.places.values()
             for place in places
             if not place.others
         }
+
+    def _generator(self, k: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1009 + k)
+
+
+def _best(ends: Sequence[Found]) -> Found:
+    """Keep the best of several ascents; converged only if every one is, whichever is kept."""
+    limited = [x.status for x in ends if x.status is not Status.CONVERGED]
+    return replace(reduce(better, ends), status=(limited or [Status.CONVERGED])[0])
 
 
 def _is_exact(problem: Contraction, axis: Axis) -> bool:
