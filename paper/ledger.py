@@ -1,0 +1,95 @@
+"""Results that are added row by row, so that an experiment stopped anywhere goes on from there."""
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+BUILD = HERE / "build"  # zoos and checkpoints: large, and made again where they are missing
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """What a row of a table is made from; its results are kept as long as none of it changes.
+
+    Attributes
+    ----------
+    name
+        What the table calls it.
+    settings
+        Everything that its figures depend on, JSON-able.
+    """
+
+    name: str
+    settings: dict[str, Any]
+
+
+@final
+class Ledger:
+    """The stored rows of one experiment.
+
+    Parameters
+    ----------
+    experiment
+        Its name; the file is ``results/<experiment>.json``, or ``-fast.json`` at reduced size.
+    fast
+        Whether sizes are reduced: such results are never shown.
+    """
+
+    def __init__(self, experiment: str, fast: bool) -> None:
+        self.experiment = experiment + ("-fast" if fast else "")
+        self.folder = BUILD / self.experiment
+        self.file = (BUILD if fast else RESULTS) / f"{self.experiment}.json"
+        self.rows: dict[str, Any] = {}
+        if self.file.exists():
+            self.rows = json.loads(self.file.read_text())["rows"]
+
+    def row(self, row: Row, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a row's figures: those stored for the same settings, or the work's."""
+        plain = json.loads(json.dumps(asdict(row)))
+        stored = self.rows.get(row.name)
+        if stored is not None and stored["settings"] == plain["settings"]:
+            return stored["figures"]
+        print(f"{self.experiment}: {row.name}", flush=True)
+        figures = work()
+        self.rows[row.name] = {
+            "settings": plain["settings"],
+            "figures": figures,
+            "commit": _git("rev-parse", "HEAD"),
+            "changed": bool(_git("status", "--porcelain", "--", "symflow", "paper/*.py")),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        self._write()
+        print(f"{self.experiment}: {row.name}: {json.dumps(_short(figures))}", flush=True)
+        return figures
+
+    def _write(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"experiment": self.experiment, "rows": self.rows}, indent=1)
+        handle, name = tempfile.mkstemp(dir=self.file.parent, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            file.write(text + "\n")
+        Path(name).replace(self.file)
+
+
+def _short(figures: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: round(v, 4) if isinstance(v, float) else v
+        for k, v in figures.items()
+        if isinstance(v, int | float | str)
+    }
+
+
+def _git(*arguments: str) -> str:
+    found = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else ""
