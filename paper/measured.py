@@ -1,4 +1,4 @@
-"""What the tables say of a set of networks: quality, averages, calibration, and whether they copy."""
+"""What the tables say of networks: quality, averages, calibration, and whether they are copies."""
 
 import math
 from dataclasses import dataclass
@@ -48,11 +48,11 @@ class Audit:
         return Audit(chart, quotient, known, misclassified(arch, training, task))
 
     def distances(self, ws: Tensor) -> list[float]:
-        """Distance of each network to the nearest training network."""
+        """Return the distance of each network to the nearest training network."""
         return nearest(self.quotient, self.chart.encode(ws), self.known).distance.tolist()
 
     def overlaps(self, arch: Architecture, ws: Tensor, task: Task) -> list[float]:
-        """Largest share of common mistakes (intersection over union) with a training network."""
+        """Return the largest intersection over union of mistakes with a training network."""
         mine, theirs = misclassified(arch, ws, task).float(), self.wrong.float()
         both = mine @ theirs.T
         either = mine.sum(1)[:, None] + theirs.sum(1) - both
@@ -118,7 +118,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _error(values: list[float]) -> float:
-    """Standard error of the mean."""
+    """Return the standard error of the mean."""
     m = _mean(values)
     spread = math.sqrt(sum((v - m) ** 2 for v in values) / max(1, len(values) - 1))
     return spread / math.sqrt(len(values))

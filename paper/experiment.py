@@ -1,0 +1,266 @@
+"""Experiments on zoos: train runs, fit flows on them, draw networks, measure all alike.
+
+A flow maps fresh initial weights to trained ones. Labels are used to train the zoo and to score
+samples, never by a flow: the behaviour loss compares the predictions of networks on unlabelled
+training inputs. Test data is touched by the final figures alone.
+"""
+
+import hashlib
+import json
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, final
+
+import torch
+from ledger import Ledger, Row
+from measured import Audit, novelty, quality
+from torch import Tensor
+
+import symflow
+from symflow import flows
+from symflow.arch import InputCoordinates
+from symflow.evaluate import weight_average
+from symflow.zoo import Task, train
+
+PRESETS = {
+    "Euclidean": flows.euclidean,
+    "Normalized": flows.normalized,
+    "Geometric": flows.geometric,
+    "Balanced": flows.balanced,
+}
+COUPLINGS = {
+    "run": flows.RunCoupling(),
+    "independent": flows.Independent(),
+    "OT": flows.MiniBatchOT(),
+    "quotient OT": flows.MiniBatchOT(metric="quotient"),
+}
+AUDITED = 64  # samples that are compared with every training network
+
+
+@final
+@dataclass(frozen=True)
+class ZooSettings:
+    """How base networks are trained; all runs see the same mini-batches.
+
+    Attributes
+    ----------
+    widths
+        Of ReLU networks.
+    runs, held_out
+        Networks that flows are trained on, and others of the same kind.
+    std
+        Deviation of the Gaussian initial weights.
+    epochs, batch_size, options
+        Of :func:`symflow.zoo.train`.
+    seed
+        Of everything.
+    """
+
+    widths: tuple[int, ...]
+    runs: int
+    held_out: int
+    epochs: int
+    batch_size: int
+    options: dict[str, Any]
+    std: float = 0.1
+    seed: int = 0
+
+
+@final
+@dataclass(frozen=True)
+class FlowSettings:
+    """One flow.
+
+    Attributes
+    ----------
+    preset, coupling, alignment, runs
+        What is learned (``alignment`` as in a recipe, the preset's own if None), and on how many
+        runs of the zoo (all if None).
+    rank
+        Directions of the inputs that are kept, in the metric of functions; all raw inputs if None.
+    width, depth, time_width, edge_width
+        The field.
+    bridge, behaviour, inputs
+        Path noise; weight of the behaviour loss and inputs in it at each step.
+    steps, batch_size, lr, ema
+        Training, with Muon.
+    sampling, samples
+        Euler steps, and networks drawn.
+    seed
+        Of the field, its training and its samples.
+    """
+
+    preset: str = "Geometric"
+    coupling: str = "run"
+    alignment: str | None = None
+    runs: int | None = None
+    rank: int | None = 128
+    width: int = 64
+    depth: int = 3
+    time_width: int = 16
+    edge_width: int = 16
+    bridge: float = 0.15
+    behaviour: float = 10.0
+    inputs: int = 128
+    steps: int = 3000
+    batch_size: int = 64
+    lr: float = 0.004
+    ema: float = 0.999
+    sampling: int = 32
+    samples: int = 128
+    seed: int = 0
+
+
+@final
+class Experiment:
+    """A zoo, flows on it, and the ledger of their figures."""
+
+    def __init__(self, name: str, task: Task, settings: ZooSettings, *, fast: bool) -> None:
+        self.ledger = Ledger(name, fast)
+        self.task, self.settings = task, settings
+        self.arch = symflow.mlp(list(settings.widths))
+        zoo = train(
+            self.arch,
+            task,
+            runs=settings.runs + settings.held_out,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            init=flows.Gaussian(settings.std),
+            seed=settings.seed,
+            folder=self.ledger.folder / "zoo",
+            checkpoint_every=1 if settings.epochs < 5 else 10,
+            **settings.options,
+        )
+        self.training = zoo.select(slice(0, settings.runs))
+        self.held_out = zoo.select(slice(settings.runs, None))
+        self.audit = Audit.of(self.arch, task, self.training.final)
+
+    def run(self, rows: dict[str, FlowSettings], only: str = "") -> None:
+        """Run or resume the trained networks, the baselines, and every flow named like ``only``."""
+        zoo = asdict(self.settings)
+        self.ledger.row(Row("trained, held out", zoo), lambda: self.measured(self.held_out.final))
+        for name, make in self.baselines().items():
+            self.ledger.row(Row(name, zoo), lambda make=make: self.measured(make()))
+        for name, one in rows.items():
+            if only in name:
+                row = Row(name, {"zoo": zoo, **asdict(one)})
+                self.ledger.row(row, lambda name=name, one=one: self.flow(name, one))
+
+    def measured(self, ws: Tensor) -> dict[str, Any]:
+        """Measure any set of networks."""
+        return {
+            **quality(self.arch, ws, self.task),
+            **novelty(self.arch, ws[:AUDITED], self.task, self.audit),
+        }
+
+    def flow(self, name: str, settings: FlowSettings) -> dict[str, Any]:
+        """Train a flow, draw networks, and measure them."""
+        flow, seconds = self.fitted(name, settings)
+        seed = settings.seed + 1000
+        start = time.perf_counter()
+        drawn = flow.sample(settings.samples, steps=settings.sampling, seed=seed)
+        sampling = time.perf_counter() - start
+        one = flow.sample(settings.samples, steps=1, seed=seed)
+        chart = flow.coordinates
+        return {
+            **self.measured(drawn),
+            "one_step": quality(self.arch, one, self.task)["accuracy"],
+            "parameters": sum(p.numel() for p in flow.field.parameters()),
+            # The chart is data, not parameters: counted apart.
+            "chart": 0 if chart is None else sum(x.numel() for x in chart.tensors().values()),
+            "runs": settings.runs or self.settings.runs,
+            "seconds": seconds,
+            "sampling_seconds": sampling,
+            "history": flow.history,
+        }
+
+    def fitted(self, name: str, settings: FlowSettings) -> tuple[flows.Flow, float]:
+        """Train a flow, or go on with it; return it and the seconds of this call."""
+        task, training = self.task, self.training
+        chart = None
+        if settings.rank is not None:
+            chart = InputCoordinates.of_inputs(self.arch, task.x_train, rank=settings.rank)
+        options = {
+            "coordinates": chart,
+            "width": settings.width,
+            "depth": settings.depth,
+            "time_width": settings.time_width,
+            "edge_width": settings.edge_width,
+            "seed": settings.seed,
+        }
+        make = PRESETS[settings.preset]
+        recipe = make(
+            self.arch,
+            source=flows.Gaussian(self.settings.std),
+            coupling=COUPLINGS[settings.coupling],
+            bridge=settings.bridge,
+        ).recipe
+        if settings.alignment is not None:
+            recipe = replace(recipe, alignment=settings.alignment)
+        flow = flows.Flow(self.arch, recipe, **options)
+        start = time.perf_counter()
+        flow.fit(
+            training if settings.runs is None else training.select(slice(0, settings.runs)),
+            inputs=task.x_train,
+            validation=self.held_out,
+            folder=self.ledger.folder / "flows" / _folder(name, settings),
+            progress=True,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            optimizer="muon",
+            lr=settings.lr,
+            ema=settings.ema,
+            behaviour=settings.behaviour,
+            behaviour_inputs=settings.inputs,
+            seed=settings.seed,
+            log_every=max(1, settings.steps // 40),
+            checkpoint_every=max(1, settings.steps // 20),
+        )
+        return flow, time.perf_counter() - start
+
+    def baselines(self) -> dict[str, Callable[[], Tensor]]:
+        """Return what needs no flow: noise on copies, middles, averages, independent numbers."""
+        generator = torch.Generator().manual_seed(1)
+        quotient, ws = symflow.Quotient(self.arch), self.training.final
+        rows = torch.randint(len(ws), (16, AUDITED), generator=generator)
+        normal = torch.randn(AUDITED, self.arch.dimension, generator=generator)
+        return {
+            "training + noise": lambda: ws[rows[0]] + 0.3 * ws.std() * normal,
+            "middle of two aligned": lambda: quotient.geodesic(ws[rows[0]], ws[rows[1]])(0.5),
+            "average of 16 aligned": lambda: weight_average(quotient, ws[rows.T]),
+            "independent coordinates": lambda: ws.mean(0) + ws.std(0) * normal,
+        }
+
+
+def _folder(name: str, settings: FlowSettings) -> str:
+    """Name a folder of checkpoints: of these settings and no others."""
+    told = json.dumps(asdict(settings), sort_keys=True).encode()
+    return "".join(c for c in name if c.isalnum()) + "-" + hashlib.sha256(told).hexdigest()[:8]
+
+
+def reduced(
+    zoo: ZooSettings, rows: dict[str, FlowSettings]
+) -> tuple[ZooSettings, dict[str, FlowSettings]]:
+    """Make everything small: to try the machinery, not for results."""
+    small = {"steps": 20, "samples": 8, "sampling": 4, "batch_size": 8}
+    return replace(zoo, runs=96, held_out=16, epochs=min(zoo.epochs, 2)), {
+        name: replace(one, **small, runs=one.runs and min(one.runs, 48))
+        for name, one in rows.items()
+    }
+
+
+def main(
+    name: str, task: Callable[[], Task], zoo: ZooSettings, rows: dict[str, FlowSettings], told: str
+) -> None:
+    """Run one experiment from the command line."""
+    parser = ArgumentParser(description=told)
+    parser.add_argument("--fast", action="store_true", help="reduced sizes: to try the machinery")
+    parser.add_argument("--only", default="", help="rows whose names hold this")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.fast:
+        zoo, rows = reduced(zoo, rows)
+    Experiment(name, task(), zoo, fast=options.fast).run(rows, options.only)
