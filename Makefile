@@ -7,10 +7,10 @@ HYPOTHESIS_PROFILE ?= dev
 export HYPOTHESIS_PROFILE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench paper clean
+.PHONY: help install demo test check format bench paper paper-fast clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | \
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | \
 	  awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## make .venv with symflow (editable) and everything the other targets need
@@ -42,8 +42,11 @@ bench: $(STAMP) ## run the benchmarks and store their results in benchmarks/resu
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/readme.py
 
-paper: $(STAMP) ## tables and figures of the paper from the stored results, then the manuscript
+paper: $(STAMP) ## run or resume the experiments of the paper, then tables, figures, manuscript
 	$(MAKE) --directory=paper PYTHON=$(abspath $(BIN)/python)
+
+paper-fast: $(STAMP) ## the same at reduced size: to try the machinery, not for results
+	$(MAKE) --directory=paper fast PYTHON=$(abspath $(BIN)/python)
 
 clean: ## remove caches and builds; .venv stays
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov

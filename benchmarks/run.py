@@ -11,6 +11,7 @@ BENCHMARKS = (
     "geometry",
     "zoo",
     "nn",
+    "flows",
     "demo",
     "architectures",
     "align",

@@ -49,9 +49,7 @@ class Ledger:
         self.experiment = experiment + ("-fast" if fast else "")
         self.folder = BUILD / self.experiment
         self.file = (BUILD if fast else RESULTS) / f"{self.experiment}.json"
-        self.rows: dict[str, Any] = {}
-        if self.file.exists():
-            self.rows = json.loads(self.file.read_text())["rows"]
+        self.rows = self._stored()
 
     def row(self, row: Row, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a row's figures: those stored for the same settings, or the work's."""
@@ -61,6 +59,7 @@ class Ledger:
             return stored["figures"]
         print(f"{self.experiment}: {row.name}", flush=True)
         figures = work()
+        self.rows = self._stored()  # other rows may have been added meanwhile, by another process
         self.rows[row.name] = {
             "settings": plain["settings"],
             "figures": figures,
@@ -72,6 +71,9 @@ class Ledger:
         self._write()
         print(f"{self.experiment}: {row.name}: {json.dumps(_short(figures))}", flush=True)
         return figures
+
+    def _stored(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text())["rows"] if self.file.exists() else {}
 
     def _write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

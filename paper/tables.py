@@ -1,9 +1,13 @@
 """Tables and figures of the manuscript, from the stored results: no number is typed by hand."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+from ledger import BUILD
+from ledger import RESULTS as STORED
 
 from symflow.report.measure import mean, median, standard_error
 from symflow.report.study import HELD_OUT, NETWORKS, PATHS
@@ -64,15 +68,98 @@ def benchmarks() -> str:
     return table(["what", "wanted", "met"], rows).replace("{lrr}", "{p{8cm}p{4.5cm}l}")
 
 
+# What the source thesis reports (accuracy, loss of samples), beside ours.
+THESIS = {
+    "uci": {
+        "Euclidean, plain": (0.998, 0.101),
+        "Euclidean, aligned": (0.998, 0.070),
+        "Euclidean, aligned + OT": (0.993, 0.053),
+        "Normalized, plain": (0.993, 0.027),
+        "Normalized, aligned": (0.989, 0.030),
+        "Normalized, aligned + OT": (0.988, 0.044),
+        "Geometric, plain": (0.992, 0.019),
+        "Geometric, aligned": (0.993, 0.018),
+        "Geometric, aligned + OT": (0.991, 0.020),
+        "trained, held out": (0.992, 0.048),
+    },
+    "mnist": {
+        "Euclidean, independent": (0.737, 0.814),
+        "Normalized, independent": (0.753, 1.537),
+        "Geometric, independent": (0.737, 1.457),
+        "trained, held out": (0.933, 0.231),
+    },
+}
+
+
+def flows(experiment: str, *, fast: bool) -> str:
+    """List every row of an experiment on a zoo: quality, averages, copies, cost."""
+    stored = ledger(experiment, fast=fast)
+    reference = stored["trained, held out"]["nearest"] if stored else 1.0
+    rows = []
+    for name, found in stored.items():
+        theirs = THESIS[experiment].get(name)
+        rows.append(
+            [
+                _plain(name),
+                rf"${found['accuracy']:.4f} \pm {found['accuracy_error']:.4f}$",
+                rf"${found['loss']:.3f} \pm {found['loss_error']:.3f}$",
+                f"{found['averaged']:.4f}",
+                f"{found['diversity']:.4f}",
+                f"{found['nearest'] / reference:.2f}",
+                f"{found['overlap']:.2f}",
+                f"{found['seconds'] / 60:.1f}" if "seconds" in found else "",
+                f"{found['parameters'] / 1000:.0f}k" if "parameters" in found else "",
+                f"{theirs[0]:.3f} / {theirs[1]:.3f}" if theirs else "",
+            ]
+        )
+    heads = ["networks", "accuracy", "loss", "averaged", "diversity", "nearest", "overlap"]
+    return table([*heads, "minutes", "parameters", "thesis"], rows)
+
+
+def ledger(experiment: str, *, fast: bool) -> dict[str, Any]:
+    """Return the figures of every stored row by its name."""
+    file = BUILD / f"{experiment}-fast.json" if fast else STORED / f"{experiment}.json"
+    if not file.exists():
+        return {}
+    rows = json.loads(file.read_text())["rows"]
+    return {name: row["figures"] for name, row in rows.items()}
+
+
+def sizes(*, fast: bool) -> None:
+    """Draw how quality grows with the number of training runs."""
+    from matplotlib.figure import Figure
+
+    stored = ledger("mnist", fast=fast)
+    found = sorted(
+        (row["runs"], row["accuracy"], row["averaged"])
+        for name, row in stored.items()
+        if name.endswith(" runs") or name == "Geometric, run, behaviour"
+    )
+    if not found:
+        return
+    runs, accuracy, averaged = zip(*found, strict=True)
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogx(runs, accuracy, "o-", label="single samples")
+    axes.semilogx(runs, averaged, "s-", label="average of 64")
+    for key, style in (("accuracy", ":"), ("averaged", "--")):
+        axes.axhline(stored["trained, held out"][key], color="grey", linestyle=style)
+    axes.set(xlabel="training runs", ylabel="test accuracy (trained: grey)")
+    axes.legend()
+    figure.savefig(GENERATED / "runs.png", dpi=200)
+
+
 def _plain(text: str) -> str:
     return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
 
 
-def run() -> None:
+def run(*, fast: bool = False) -> None:
     """Write everything that symflow.tex includes."""
     GENERATED.mkdir(exist_ok=True)
     study = json.loads((RESULTS / "demo" / "results.json").read_text())
     parts = {"networks": networks(study), "barriers": barriers(study), "benchmarks": benchmarks()}
+    parts |= {experiment: flows(experiment, fast=fast) for experiment in THESIS}
+    sizes(fast=fast)
     for name, text in parts.items():
         (GENERATED / f"{name}.tex").write_text(text)
     for picture in (RESULTS / "demo").glob("*.png"):
@@ -80,4 +167,6 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fast", action="store_true", help="from results at reduced size")
+    run(fast=parser.parse_args().fast)
