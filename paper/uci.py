@@ -1,4 +1,8 @@
-"""Flows over breast-cancer networks 30-16-16-2: the nine cells of the source thesis, and ours."""
+"""Flows over breast-cancer networks 30-16-16-2: the nine cells of the source thesis, and ours.
+
+The thesis does not give the batch size of its zoo. With 128 its networks end where those of the
+thesis do (0.992 / 0.048 there), on the training examples; with 16 they overfit five times more.
+"""
 
 from dataclasses import replace
 
@@ -11,7 +15,7 @@ ZOO = ZooSettings(
     runs=1920,
     held_out=128,
     epochs=50,
-    batch_size=16,
+    batch_size=128,
     options={"optimizer": "adam", "lr": 1e-3},
 )
 CELL = FlowSettings(rank=30, bridge=0.1, lr=0.01, steps=2000, batch_size=32, samples=256)

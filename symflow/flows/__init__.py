@@ -1,15 +1,17 @@
 """Flow matching over weights: assembled from source, coupling, path, time law and network."""
 
-from symflow.flows.coupling import Coupling, Independent, MiniBatchOT, RunCoupling
+from symflow.flows.coupling import Coupling, Independent, MiniBatchOT, Reordering, RunCoupling
 from symflow.flows.flow import Flow, WeightZoo
 from symflow.flows.guidance import Guidance
 from symflow.flows.load import load
 from symflow.flows.path import GeodesicPath, Path, Straight
 from symflow.flows.presets import balanced, euclidean, geometric, normalized
 from symflow.flows.recipe import Recipe
+from symflow.flows.sampling import Optimised
 from symflow.flows.settings import FitSettings
 from symflow.flows.source import FanIn, Gaussian, Source
 from symflow.flows.time import BetaTime, TimeLaw
+from symflow.flows.transfer import transfer
 
 __all__ = [
     "BetaTime",
@@ -22,8 +24,10 @@ __all__ = [
     "Guidance",
     "Independent",
     "MiniBatchOT",
+    "Optimised",
     "Path",
     "Recipe",
+    "Reordering",
     "RunCoupling",
     "Source",
     "Straight",
@@ -34,4 +38,5 @@ __all__ = [
     "geometric",
     "load",
     "normalized",
+    "transfer",
 ]

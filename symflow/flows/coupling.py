@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from symflow.errors import ShapeError, StateError
@@ -42,12 +42,30 @@ class Coupling(ABC):
         Returns
         -------
         tuple
-            Starts and ends, pair by pair.
+            Starts and ends, pair by pair, in the order of the ends given (others derive from
+            :class:`Reordering`).
         """
 
     @abstractmethod
     def keeps_runs(self) -> bool:
         """Whether each end always meets its own recorded start, so that pairs never change."""
+
+
+class Reordering(Coupling, ABC):
+    """A coupling that returns the ends in another order than it is given them, and says in which.
+
+    What belongs to an end (its condition) must find it again.
+    """
+
+    @abstractmethod
+    def match(
+        self,
+        draw: Callable[[int], States],
+        starts: States | None,
+        ends: States,
+        align: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[States, States, Int[Tensor, " B"]]:
+        """Return the pairs, as :meth:`pair` does, and which of the ends given each end is."""
 
 
 @final
@@ -115,7 +133,7 @@ class RunCoupling(Coupling):
 
 @final
 @dataclass(frozen=True)
-class MiniBatchOT(Coupling):
+class MiniBatchOT(Reordering):
     """Optimal transport within the batch: the assignment of least squared distance, no repeats.
 
     Parameters
@@ -146,12 +164,23 @@ class MiniBatchOT(Coupling):
         align: Callable[[Tensor, Tensor], Tensor],
     ) -> tuple[States, States]:
         """Solve the assignment exactly, O(B^3)."""
+        return self.match(draw, starts, ends, align)[:2]
+
+    def match(
+        self,
+        draw: Callable[[int], States],
+        starts: States | None,
+        ends: States,
+        align: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[States, States, Int[Tensor, " B"]]:
+        """Solve the assignment exactly, O(B^3)."""
         x0 = draw(len(ends))
         if self.metric == "ambient":
-            return x0, ends[assignment(-torch.cdist(x0, ends).square())]
+            columns = torch.as_tensor(assignment(-torch.cdist(x0, ends).square()))
+            return x0, ends[columns], columns
         moved = align(x0[:, None], ends[None])
-        columns = assignment(-(x0[:, None] - moved).square().sum(-1))
-        return x0, moved[torch.arange(len(ends)), columns]
+        columns = torch.as_tensor(assignment(-(x0[:, None] - moved).square().sum(-1)))
+        return x0, moved[torch.arange(len(ends)), columns], columns
 
     def keeps_runs(self) -> bool:
         """Return False."""

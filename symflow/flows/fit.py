@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from symflow.errors import ShapeError, StateError, SymflowWarning
 from symflow.files import digest, load_tensors, require_same, save_tensors
+from symflow.flows.condition import Conditioned
+from symflow.flows.coupling import MiniBatchOT, Reordering
 from symflow.flows.path import interpolate, velocity_to
 from symflow.flows.settings import FitSettings
-from symflow.nn import RelationalTransformer, VectorField
+from symflow.nn import ConditionalField, RelationalTransformer, VectorField
 
 if TYPE_CHECKING:
     from symflow.flows.flow import Flow
@@ -34,6 +36,8 @@ class Trainer:
         ends: Tensor,
         inputs: Tensor | None,
         validation: tuple[Tensor | None, Tensor] | None,
+        conditions: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> None:
         if settings.behaviour > 0 and inputs is None:
             raise StateError(
@@ -58,12 +62,18 @@ class Trainer:
             "inputs": digest(self.inputs if settings.behaviour > 0 else None),
             "validation": digest(*(validation or (None,))),
         }
+        self.conditions, self.dropout = conditions, dropout
+        if conditions is not None and isinstance(flow.field, ConditionalField):
+            flow.field.standardise_conditions(conditions)
+            self.data["conditions"] = f"{digest(conditions)}, dropout {dropout:g}"
         self.dtype = next(flow.field.parameters()).dtype
         self.starts, self.ends = self._states(starts, ends)
         self.validation = None if validation is None else self._states(*validation)
         self._check_source(starts)
         self._set_floor(ends)
-        x0, x1 = self._pairs(self._generator(-1), self.starts, self.ends, _UNIT_PAIRS)
+        x0, x1, _ = self._pairs(
+            self._generator(-1), self.starts, self.ends, self._at_most(_UNIT_PAIRS)
+        )
         flow.field.standardise(torch.cat([x0, x1]))
         self._look(flow.field)
         self.unit = _leaf_rms(flow, x1 - x0)
@@ -105,7 +115,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.settings.rate(self.step)
-        loss = self._loss(generator, self.starts, self.ends, self.settings.batch_size, flow.field)
+        size = self.settings.batch_size
+        loss = self._loss(generator, self.starts, self.ends, size, flow.field, self.conditions)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -132,11 +143,15 @@ class Trainer:
         ends: Tensor,
         size: int,
         field: Any,
+        conditions: Tensor | None = None,
     ) -> Tensor:
         flow = self.flow
-        x0, x1 = self._pairs(generator, starts, ends, size)
+        x0, x1, rows = self._pairs(generator, starts, ends, size)
         t = flow.recipe.time.sample(len(x1), generator=generator).to(x1)
         x = interpolate(flow.space, flow.recipe.path, x0, x1, t, self.unit, generator)
+        if conditions is not None:
+            keep = torch.rand(len(rows), generator=generator) >= self.dropout
+            field = Conditioned(field, conditions[rows], keep)
         if flow.recipe.predicts == "velocity":
             error = flow.space.proju(x, field(x, t)) - velocity_to(flow.space, x, x1, t)
             end = flow.predict(field, x, t) if self.settings.behaviour > 0 else x1
@@ -163,18 +178,23 @@ class Trainer:
 
     def _pairs(
         self, generator: torch.Generator, starts: Tensor | None, ends: Tensor, size: int
-    ) -> tuple[Tensor, Tensor]:
-        """Draw a batch and pair it."""
-        flow = self.flow
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw a batch and pair it; return starts, ends, and which row each end is."""
+        flow, coupling = self.flow, self.flow.recipe.coupling
         rows = torch.randint(len(ends), (size,), generator=generator)
-        x0, x1 = flow.recipe.coupling.pair(
+        batch = (
             lambda n: flow.draw(n, generator, self.dtype),
             None if starts is None else starts[rows],
             ends[rows],
             flow.align,
         )
-        aligned = flow.recipe.coupling.keeps_runs() or flow.recipe.alignment != "pair"
-        return x0, (x1 if aligned else flow.align(x0, x1))
+        if isinstance(coupling, Reordering):
+            x0, x1, order = coupling.match(*batch)
+            rows = rows[order.to(rows.device)]
+        else:
+            x0, x1 = coupling.pair(*batch)
+        aligned = coupling.keeps_runs() or flow.recipe.alignment != "pair"
+        return x0, (x1 if aligned else flow.align(x0, x1)), rows
 
     # ---------------------------------------------------------------- preparation
 
@@ -222,6 +242,14 @@ class Trainer:
                 floor[leaf.span] = float(values.min()) / 2
         self.flow.floor = floor
 
+    def _at_most(self, draws: int) -> int:
+        """Return how many pairs to draw at once, for no step but to measure something.
+
+        Transport within a batch depends on its size, and grows with its square or worse.
+        """
+        small = isinstance(self.flow.recipe.coupling, MiniBatchOT)
+        return min(draws, self.settings.batch_size) if small else draws
+
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.settings.seed + 1) * 1_000_003 + step)
 
@@ -230,7 +258,10 @@ class Trainer:
             return {}
         with torch.no_grad():
             loss = self._loss(
-                self._generator(-3), *self.validation, _VALIDATION_DRAWS, self.flow.average
+                self._generator(-3),
+                *self.validation,
+                self._at_most(_VALIDATION_DRAWS),
+                self.flow.average,
             )
         return {"validation": float(loss)}
 

@@ -1,29 +1,20 @@
 """A flow over weights: train it on a zoo of networks, draw new networks from it."""
 
-import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path as FilePath
 from typing import Any, Protocol, final, runtime_checkable
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from symflow.arch import Architecture, InputCoordinates
-from symflow.errors import FileFormatError, ShapeError, StateError
+from symflow.errors import FileFormatError, StateError
 from symflow.files import digest, save_tensors
+from symflow.flows.condition import conditions_for, count_of
+from symflow.flows.distil import distil
 from symflow.flows.fit import Trainer
-from symflow.flows.guidance import Guidance
-from symflow.flows.path import velocity_to
-from symflow.flows.recipe import Recipe
-from symflow.flows.require import coordinates_for, field_for, networks, number, structure, whole
+from symflow.flows.require import networks, number, structure, whole
+from symflow.flows.sampler import Sampler
 from symflow.flows.settings import FitSettings
-from symflow.flows.solve import solve
-from symflow.nn import RelationalTransformer, VectorField
-from symflow.quotient import Quotient
-
-States = Float[Tensor, "*#batch size"]
 
 
 @runtime_checkable
@@ -32,6 +23,7 @@ class WeightZoo(Protocol):
 
     Examples
     --------
+    >>> import torch
     >>> from types import SimpleNamespace
     >>> isinstance(SimpleNamespace(initial=torch.zeros(2, 3), final=torch.ones(2, 3)), WeightZoo)
     True
@@ -49,7 +41,7 @@ class WeightZoo(Protocol):
 
 
 @final
-class Flow:
+class Flow(Sampler):
     """A generative model of weights: source, path, coupling and an equivariant network.
 
     Usually made by a preset (:func:`~symflow.flows.geometric` and its like).
@@ -79,83 +71,13 @@ class Flow:
 
     Examples
     --------
-    >>> import symflow
+    >>> import symflow, torch
     >>> arch = symflow.mlp([2, 3, 2])
     >>> zoo = torch.randn(8, arch.dimension, generator=torch.Generator().manual_seed(0))
     >>> flow = symflow.flows.balanced(arch, coupling=symflow.flows.Independent(), width=8, depth=1)
     >>> flow.fit(zoo, steps=2).sample(3, steps=2).shape
     torch.Size([3, 17])
     """
-
-    def __init__(
-        self,
-        arch: Architecture,
-        recipe: Recipe,
-        field: VectorField | None = None,
-        *,
-        coordinates: InputCoordinates | None = None,
-        seed: int = 0,
-        **field_options: Any,
-    ) -> None:
-        self.arch = arch
-        self.recipe = recipe
-        self.coordinates = coordinates_for(arch, coordinates)
-        self.inner = arch if coordinates is None else coordinates.arch
-        self.section = recipe.build_section(self.inner)
-        self.quotient = Quotient(self.inner, self.section)
-        self.space = recipe.path.space(self.section)
-        self.extra = self.section.state_manifold.dimension - self.inner.dimension
-        self._options = dict(field_options, seed=seed) if field is None else None
-        if field is None:
-            field = RelationalTransformer(self.inner, extra=self.extra, seed=seed, **field_options)
-        self.field = field_for(self.inner, field, self.extra)
-        self.average = copy.deepcopy(field).requires_grad_(False)
-        self.floor = torch.full((arch.dimension,), -torch.inf)
-        self.history: list[dict[str, float]] = []
-
-    # ---------------------------------------------------------------- states
-
-    def encode(self, w: Float[Tensor, "*batch D"]) -> States:
-        """Return the state of weights: the section's point and the removed log-scales."""
-        c = w if self.coordinates is None else self.coordinates.encode(w)
-        return torch.cat(self.section.split(c), dim=-1)
-
-    def decode(self, x: States) -> Float[Tensor, "*batch D"]:
-        """Return the weights of a state; statistics that were positive in the zoo stay so."""
-        w = self.decode_inner(x)
-        w = w if self.coordinates is None else self.coordinates.decode(w)
-        return torch.maximum(w, self.floor.to(w)) if bool(self.floor.isfinite().any()) else w
-
-    def decode_inner(self, x: States) -> Float[Tensor, "*batch R"]:
-        """Return the weights of a state in the coordinates that the flow works in."""
-        point, removed = x.split([self.inner.dimension, self.extra], dim=-1)
-        return self.section.join(point, removed)
-
-    def draw(self, n: int, generator: torch.Generator, dtype: torch.dtype) -> States:
-        """Draw states from the source."""
-        source = self.recipe.source.sample(self.arch, n, generator=generator, dtype=dtype)
-        return self.encode(source)
-
-    def align(self, x0: States, x1: States) -> States:
-        """Move each state x1 next to x0 along its orbit of the compact group (broadcasts)."""
-        d = self.inner.dimension
-        moved = self.quotient.align_points(x0[..., :d], x1[..., :d]).weights
-        return torch.cat([moved, x1[..., d:].expand(*moved.shape[:-1], self.extra)], dim=-1)
-
-    def predict(self, field: VectorField, x: States, t: Float[Tensor, " B"]) -> States:
-        """Return the end that a field sees from the states ``x`` at times ``t``."""
-        out = field(x, t)
-        if self.recipe.predicts == "velocity":
-            ahead = self.space.proju(x, out) * (1 - t)[:, None]
-            return self.space.retr(x, ahead)
-        end = x + self.recipe.path.reach(t)[:, None] * (out - x)
-        return self.section.state_manifold.projx(end) if self.recipe.project_end else end
-
-    def velocity(self, x: States, t: Float[Tensor, " B"]) -> States:
-        """Return the velocity of the flow (of the averaged network) at states and times."""
-        if self.recipe.predicts == "velocity":
-            return self.space.proju(x, self.average(x, t))
-        return velocity_to(self.space, x, self.predict(self.average, x, t), t)
 
     # ---------------------------------------------------------------- training
 
@@ -167,6 +89,8 @@ class Flow:
         folder: str | os.PathLike[str] | None = None,
         progress: bool = False,
         validation: "WeightZoo | Tensor | Sequence[Any] | None" = None,
+        conditions: Tensor | Sequence[Any] | None = None,
+        condition_dropout: float = 0.1,
         **settings: Any,
     ) -> "Flow":
         """Train the flow by regression on the end (or velocity) of random paths.
@@ -185,7 +109,13 @@ class Flow:
         progress
             Show a progress bar.
         validation
-            Held-out networks; their loss is recorded beside the training loss.
+            Held-out networks; their loss, without conditions, is recorded beside the training one.
+        conditions
+            What each network is (R, k), such as its accuracy or the share of a class it saw: what
+            :meth:`sample` may ask for. For flows made with ``conditions=k``.
+        condition_dropout
+            With which probability the flow is not told, so that it learns all networks as well
+            (what classifier-free guidance goes away from).
         **settings
             Fields of :class:`~symflow.flows.FitSettings`: steps, batch_size, lr, behaviour, ...
 
@@ -202,130 +132,98 @@ class Flow:
             If weights are NaN or infinite: leave out diverged runs with ``zoo.finite()``.
         StateError
             If the coupling needs initial weights that the zoo lacks, the field has no parameters,
-            or the training diverges.
+            conditions do not go with the field, or the training diverges.
         FileFormatError
             If ``folder`` holds a checkpoint of another flow, other settings or other data.
         """
         chosen = FitSettings.of(settings)
         starts, ends = networks(self.arch, zoo, "zoo")
+        told = conditions_for(self.field, conditions, len(ends), "conditions")
+        if told is None and count_of(self.field):
+            raise StateError(
+                f"the flow was made with conditions={count_of(self.field)}: pass conditions= with "
+                "as many numbers for each network"
+            )
+        dropout = number("condition_dropout", condition_dropout, below=1.0)
         held_out = None if validation is None else networks(self.arch, validation, "validation")
-        trainer = Trainer(self, chosen, starts, ends, inputs, held_out)
+        trainer = Trainer(self, chosen, starts, ends, inputs, held_out, told, dropout)
         trainer.run(None if folder is None else FilePath(folder), progress)
         return self
 
-    # ---------------------------------------------------------------- sampling
-
-    def sample(
+    def distil(
         self,
-        n: int,
+        steps: int = 2,
         *,
-        steps: int = 64,
-        solver: str = "euler",
-        noise: float = 0.0,
-        guidance: Guidance | None = None,
-        seed: int = 0,
+        teacher_steps: int = 64,
+        iterations: int = 1000,
+        starts: int = 1024,
         start: Tensor | Sequence[Any] | None = None,
-    ) -> Float[Tensor, "n D"]:
-        """Draw networks.
+        conditions: Tensor | Sequence[Any] | None = None,
+        guidance_scale: float = 1.0,
+        batch_size: int = 32,
+        lr: float = 0.0005,
+        ema: float = 0.99,
+        seed: int = 0,
+    ) -> "Flow":
+        """Return a copy that samples in few steps what this flow samples in many.
+
+        The copy's field is trained so that the states of its own ``steps`` Euler steps (the last
+        one jumps to the predicted end) meet this flow's after ``teacher_steps``, from the same
+        starts and at the same times (Luhman and Luhman, 2021, for one step). Sample it with
+        ``student.sample(n, steps=steps)``: with other steps it is a flow of no meaning.
 
         Parameters
         ----------
-        n
-            How many.
-        steps
-            Pieces of the time interval; 1 is the one-step prediction.
-        solver
-            ``euler`` (geodesic steps), ``midpoint``, ``rk4``, ``dopri5`` or ``tsit5``.
-        noise
-            Standard deviation of the tangent noise added before each step.
-        guidance
-            Bends samples towards low values of a loss.
-        seed
-            Of the source and the noise.
+        steps, teacher_steps
+            Steps of the copy, and of this flow, a multiple.
+        iterations, batch_size, lr, ema, seed
+            As steps, batch_size, ... of :class:`~symflow.flows.FitSettings`.
+        starts
+            How many of this flow's paths it learns from, with starts from the source.
         start
-            Initial weights (n, D), or n modules or state dicts, instead of draws from the source.
+            Starts to learn from instead: weights (M, D), modules or state dicts.
+        conditions, guidance_scale
+            What those paths are told (M, k), or (k,) for all, and how much it counts. The copy is
+            asked for them with ``condition=`` alone: it has learned the guided paths.
 
         Returns
         -------
-        Tensor
-            Flat weights (n, D).
+        Flow
+            The copy; this flow stays as it is. Its ``history`` holds the losses.
 
         Raises
         ------
         ShapeError
-            If a number is out of range, ``start`` does not hold n networks, the solver is unknown
-            or cannot take noise, or the loss of the guidance is not one number for each network.
+            If an argument is out of range.
         StateError
-            If the flow is not trained.
+            If this flow is not trained, or the training diverges.
+
+        Examples
+        --------
+        >>> import symflow, torch
+        >>> zoo = torch.randn(8, 17, generator=torch.Generator().manual_seed(0))
+        >>> parts = {"coupling": symflow.flows.Independent(), "width": 8, "depth": 1}
+        >>> flow = symflow.flows.euclidean(symflow.mlp([2, 3, 2]), **parts).fit(zoo, steps=2)
+        >>> flow.distil(1, teacher_steps=4, iterations=2, starts=4).sample(3, steps=1).shape
+        torch.Size([3, 17])
         """
-        *_, last = self.trajectory(
-            n, steps=steps, solver=solver, noise=noise, guidance=guidance, seed=seed, start=start
+        settings = FitSettings(
+            steps=whole("iterations", iterations, 1),
+            batch_size=batch_size,
+            lr=lr,
+            ema=ema,
+            seed=seed,
         )
-        return last
-
-    def trajectory(
-        self,
-        n: int,
-        *,
-        steps: int = 64,
-        solver: str = "euler",
-        noise: float = 0.0,
-        guidance: Guidance | None = None,
-        seed: int = 0,
-        start: Tensor | Sequence[Any] | None = None,
-    ) -> Iterator[Float[Tensor, "n D"]]:
-        """Yield the weights at the start and after each step; see :meth:`sample`."""
-        if not self.history:
-            raise StateError("the flow is not trained: call flow.fit(zoo) or load one first")
-        n, steps = whole("n", n, 1), whole("steps", steps, 1)
-        noise = number("noise", noise)
-        generator = torch.Generator().manual_seed(whole("seed", seed))
-        dtype = next(self.average.parameters()).dtype
-        if start is None:
-            x = self.draw(n, generator, dtype)
-        else:
-            w = self.arch.as_weights(start, name="start").detach()
-            if w.shape != (n, self.arch.dimension):
-                raise ShapeError(
-                    f"start must hold n = {n} networks (n, D) = {(n, self.arch.dimension)}, got "
-                    f"shape {tuple(w.shape)}"
-                )
-            x = self.encode(w.to(dtype))
-
-        def velocity(t: Tensor, x: Tensor) -> Tensor:
-            v = self.velocity(x, t.expand(len(x)))
-            if guidance is None:
-                return v
-            return v + self.space.proju(x, guidance.push(x, self.decode))
-
-        def finish(t: Tensor, x: Tensor) -> Tensor:
-            if guidance is None:
-                return self.predict(self.average, x, t.expand(len(x)))
-            return self.space.retr(x, (1 - t) * velocity(t, x))
-
-        def kick(x: Tensor) -> Tensor:
-            normal = torch.randn(x.shape, generator=generator).to(x)
-            return self.space.retr(x, self.space.proju(x, noise * normal))
-
-        yield self.decode(x)
-        with torch.no_grad():
-            states = solve(
-                self.space,
-                velocity,
-                finish,
-                x,
-                steps=steps,
-                solver=solver,
-                kick=kick if noise > 0 else None,
-            )
-            for k, state in enumerate(states):
-                # Samples end on the section; a flow in ambient space gets there only now.
-                done = k == steps - 1 or solver in ("dopri5", "tsit5")
-                yield self.decode(self._settle(state) if done else state)
-
-    def _settle(self, x: States) -> States:
-        manifold = self.section.state_manifold
-        return manifold.retr(x, torch.zeros_like(x))
+        return distil(
+            self,
+            steps=steps,
+            teacher_steps=teacher_steps,
+            starts=starts,
+            start=start,
+            conditions=conditions,
+            guidance_scale=guidance_scale,
+            settings=settings,
+        )
 
     # ---------------------------------------------------------------- files
 
@@ -349,7 +247,7 @@ class Flow:
             "fingerprint": self.arch.fingerprint,
             "recipe": self.recipe.to_json(),
             "field": type(self.field).__name__,
-            "options": self._options,
+            "options": self.options,
             "structure": structure(self.field),
             "coordinates": digest(*self._chart().values()) if self._chart() else None,
         }

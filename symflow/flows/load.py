@@ -36,7 +36,7 @@ def load(
     --------
     >>> import symflow, tempfile
     >>> flow = symflow.flows.balanced(symflow.mlp([2, 3, 2]), width=8, depth=1)
-    >>> file = FilePath(tempfile.mkdtemp()) / "flow.safetensors"
+    >>> file = tempfile.mkdtemp() + "/flow.safetensors"
     >>> flow.save(file)
     >>> load(file).recipe == flow.recipe
     True

@@ -9,9 +9,9 @@ from torch import Tensor
 from symflow.errors import ShapeError
 from symflow.manifolds import WeightManifold
 
-SOLVERS = ("euler", "midpoint", "rk4", "dopri5", "tsit5")
+SOLVERS = ("euler", "heun", "midpoint", "rk4", "dopri5", "tsit5")
 States = Float[Tensor, "B size"]
-_ADAPTIVE = ("dopri5", "tsit5")
+ADAPTIVE = ("dopri5", "tsit5")
 
 
 def solve(
@@ -33,8 +33,8 @@ def solve(
     Parameters
     ----------
     space
-        Steps of Euler's method are geodesic steps of this manifold; after each step of the other
-        fixed-step solvers the state is projected on it.
+        Steps of ``euler`` and ``heun`` are geodesic steps of this manifold; after each step of the
+        other fixed-step solvers the state is projected on it.
     velocity
         ``velocity(t, x)`` for a scalar time.
     finish
@@ -44,8 +44,8 @@ def solve(
     steps
         Number of pieces, at least one.
     solver
-        ``euler``; ``midpoint`` or ``rk4`` (2 or 4 evaluations a step); ``dopri5`` or ``tsit5``
-        (adaptive over all but the last piece).
+        ``euler``; ``heun``, ``midpoint`` or ``rk4`` (2, 2 or 4 evaluations a step); ``dopri5`` or
+        ``tsit5`` (adaptive over all but the last piece).
     kick
         Disturbs the state before each step (stochastic sampling); with fixed steps only.
     tolerance
@@ -58,24 +58,56 @@ def solve(
     """
     if steps < 1:
         raise ShapeError(f"steps must be at least 1, got {steps}")
-    if solver not in SOLVERS:
-        raise ShapeError(f"solver must be one of {SOLVERS}, got {solver!r}")
-    if kick is not None and solver in _ADAPTIVE:
+    if kick is not None and solver in ADAPTIVE:
         raise ShapeError(f"stochastic steps need a fixed-step solver, got {solver!r}")
     grid = torch.linspace(0, 1, steps + 1, dtype=x.dtype, device=x.device)
-    if solver in _ADAPTIVE and steps > 1:
-        x = space.projx(_odeint(velocity, space, x, grid[[0, steps - 1]], solver, tolerance))
+    for state in integrate(space, velocity, x, grid[:-1], solver, kick=kick, tolerance=tolerance):
+        x = state
         yield x
-    else:
-        for k in range(steps - 1):
-            x = x if kick is None else kick(x)
-            if solver == "euler":
-                x = space.retr(x, (grid[k + 1] - grid[k]) * velocity(grid[k], x))
-            else:
-                x = space.projx(_odeint(velocity, space, x, grid[k : k + 2], solver, tolerance))
-            yield x
     x = x if kick is None else kick(x)
     yield finish(grid[steps - 1], x)
+
+
+def integrate(
+    space: WeightManifold,
+    velocity: Callable[[Tensor, States], States],
+    x: States,
+    grid: Float[Tensor, " times"],
+    solver: str = "euler",
+    *,
+    kick: Callable[[States], States] | None = None,
+    tolerance: float = 0.001,
+) -> Iterator[States]:
+    """Yield the state at each time of the grid but the first (adaptive solvers: at the last only).
+
+    Parameters are those of :func:`solve`. Euler's and Heun's steps are geodesic: Heun's method
+    walks along the mean of the velocity at ``x`` and the one at the end of Euler's step, carried
+    back to ``x`` in parallel, and is of second order on flat space and on spheres.
+
+    Raises
+    ------
+    ShapeError
+        If the solver is unknown.
+    """
+    if solver not in SOLVERS:
+        raise ShapeError(f"solver must be one of {SOLVERS}, got {solver!r}")
+    if solver in ADAPTIVE:
+        if len(grid) > 1:
+            yield space.projx(_odeint(velocity, space, x, grid[[0, -1]], solver, tolerance))
+        return
+    for k in range(len(grid) - 1):
+        x = x if kick is None else kick(x)
+        step = grid[k + 1] - grid[k]
+        if solver == "euler":
+            x = space.retr(x, step * velocity(grid[k], x))
+        elif solver == "heun":
+            first = velocity(grid[k], x)
+            ahead = space.retr(x, step * first)
+            second = space.transp(ahead, x, velocity(grid[k + 1], ahead))
+            x = space.retr(x, step * (first + second) / 2)
+        else:
+            x = space.projx(_odeint(velocity, space, x, grid[k : k + 2], solver, tolerance))
+        yield x
 
 
 def _odeint(
@@ -91,7 +123,14 @@ def _odeint(
     def field(t: Tensor, x: Tensor) -> Tensor:
         return velocity(t, space.projx(x))
 
-    if solver in _ADAPTIVE:
+    if solver == "rk4":  # torchdyn (1.0.6) takes the stages of its own at wrong times
+        t, step = times[0], times[1] - times[0]
+        first = field(t, x)
+        second = field(t + step / 2, x + step / 2 * first)
+        third = field(t + step / 2, x + step / 2 * second)
+        fourth = field(times[1], x + step * third)
+        return x + step / 6 * (first + 2 * second + 2 * third + fourth)
+    if solver in ADAPTIVE:
         _, path = odeint(field, x, times, solver, atol=tolerance, rtol=tolerance)
     else:
         _, path = odeint(field, x, times, solver)

@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from symflow.nn.base import VectorField
+from symflow.nn.base import ConditionalField, VectorField
 from symflow.nn.relational import RelationalTransformer
 
 if TYPE_CHECKING:
     from symflow.nn.graph import GraphField
 
-__all__ = ["GraphField", "RelationalTransformer", "VectorField"]
+__all__ = ["ConditionalField", "GraphField", "RelationalTransformer", "VectorField"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from symflow.arch import Architecture, Symmetry
@@ -168,6 +168,64 @@ class VectorField(nn.Module, ABC):
             raise ShapeError(
                 f"x must be (B, D + extra = {size}) and t (B,), got {tuple(x.shape)} and "
                 f"{tuple(t.shape)}"
+            )
+
+
+class ConditionalField(VectorField, ABC):
+    """A field that may be told something about the networks it makes: a condition for each.
+
+    Attributes
+    ----------
+    conditions
+        How many numbers a condition has; 0 for a field that takes none.
+    """
+
+    conditions: int = 0
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "B size"],
+        t: Float[Tensor, " B"],
+        condition: Float[Tensor, "B k"] | None = None,
+        keep: Bool[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B size"]:
+        """Evaluate the field.
+
+        Parameters
+        ----------
+        x
+            Weights and extra coordinates (B, D + extra).
+        t
+            One time for each of them, in [0, 1].
+        condition
+            One condition for each of them, which no symmetry moves; None for the field without.
+        keep
+            Where False, the condition is left out: the field is the one without.
+
+        Returns
+        -------
+        Tensor
+            As ``x``; moves along when a symmetry moves ``x``.
+        """
+
+    @abstractmethod
+    def standardise_conditions(self, samples: Float[Tensor, "n k"]) -> "ConditionalField":
+        """Set the units in which the field sees conditions: mean 0 and variance 1 for each."""
+
+    def require_condition(self, x: Tensor, condition: Tensor | None) -> None:
+        """Check the shape of the condition that :meth:`forward` takes.
+
+        Raises
+        ------
+        ShapeError
+            If it is not (B, conditions).
+        """
+        wanted = (len(x), self.conditions)
+        if condition is not None and (self.conditions == 0 or condition.shape != wanted):
+            raise ShapeError(
+                f"condition must be (B, conditions) = {wanted}, got {tuple(condition.shape)}: how "
+                "many numbers it has is the field's option conditions="
             )
 
 

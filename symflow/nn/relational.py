@@ -3,13 +3,13 @@
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from symflow.arch import Architecture
 from symflow.errors import ShapeError
-from symflow.nn.base import VectorField, permutations, seeded
+from symflow.nn.base import ConditionalField, VectorField, permutations, seeded
 from symflow.nn.layered import LayeredNetwork
 from symflow.nn.layout import Parts, layered_layout, symmetric_layout
 from symflow.nn.probes import Probes
@@ -17,7 +17,7 @@ from symflow.nn.tokens import TimeFeatures, TokenNetwork
 
 
 @final
-class RelationalTransformer(VectorField):
+class RelationalTransformer(ConditionalField):
     """A transformer over the units and weights of a network, equivariant to permutations.
 
     By default only units on which a symmetry acts become tokens; a weight that no symmetric axis
@@ -45,6 +45,8 @@ class RelationalTransformer(VectorField):
     probes, probe_kinds
         Number of inputs on which the default layout sees what the network does (set by
         :meth:`look_at`; a flow takes them from the inputs it is fitted with), and of gradients.
+    conditions
+        How many numbers the default layout may be told about each network, beside the time.
     extra
         Further coordinates behind the weights, such as a log-temperature.
     residual
@@ -89,6 +91,7 @@ class RelationalTransformer(VectorField):
         nodes: str = "symmetric",
         probes: int = 0,
         probe_kinds: int = 2,
+        conditions: int = 0,
         extra: int = 0,
         residual: bool = True,
         groups: str | None = None,
@@ -104,6 +107,13 @@ class RelationalTransformer(VectorField):
             raise ShapeError(f"nodes must be 'symmetric' or 'all', got {nodes!r}")
         if nodes == "all" and probes:
             raise ShapeError("probes are for nodes='symmetric', got nodes='all'")
+        if conditions < 0 or (nodes == "all" and conditions):
+            raise ShapeError(
+                "conditions must be a number of them, 0 or more, and 0 with nodes='all', got "
+                f"{conditions} with nodes={nodes!r}"
+            )
+        if conditions:  # no attribute without: files know fields by what they have
+            self.conditions = conditions
         self.residual = residual
         make = symmetric_layout if nodes == "symmetric" else layered_layout
         self.layout = make(arch, extra=extra)
@@ -114,7 +124,7 @@ class RelationalTransformer(VectorField):
                 seen = probe_kinds if probes else 0
                 more = seen * len(arch.leaves)
                 self.network = TokenNetwork(
-                    self.layout, width, depth, heads, edge_width, time_width, seen, more
+                    self.layout, width, depth, heads, edge_width, time_width, seen, more, conditions
                 )
                 self.clock = TimeFeatures(time_width) if probes else None
                 self.gains = nn.Linear(time_width, more) if probes else None
@@ -131,24 +141,40 @@ class RelationalTransformer(VectorField):
         self.register_buffer("back", self.layout.inverse, persistent=False)
 
     def forward(
-        self, x: Float[Tensor, "B size"], t: Float[Tensor, " B"]
+        self,
+        x: Float[Tensor, "B size"],
+        t: Float[Tensor, " B"],
+        condition: Float[Tensor, "B k"] | None = None,
+        keep: Bool[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B size"]:
         """Return the predicted end (``residual``) or the velocity, as ``x``."""
         self.require_point(x, t)
+        self.require_condition(x, condition)
+        told = () if condition is None else (condition.to(x), keep)
         parts = self.layout.cut(self.standardised(x).index_select(-1, self.order))
         t = t.to(x)
         if self.probes is None or self.clock is None or self.gains is None:
-            out = self.network(parts, t).join().index_select(-1, self.back)
+            out = self.network(parts, t, *told)
+            out = out.join().index_select(-1, self.back)
         else:
             gradients, sizes = self.probes(x[:, : self.arch.dimension])
             gradients = F.pad(gradients, (0, self.extra))
             seen = self.layout.cut(gradients.index_select(-1, self.order))
-            out = self.network(_beside(parts, seen, sizes), t).join().index_select(-1, self.back)
+            out = (
+                self.network(_beside(parts, seen, sizes), t, *told)
+                .join()
+                .index_select(-1, self.back)
+            )
             gains = self.gains(self.clock(t)).unflatten(-1, (gradients.shape[1], -1))
             gains = F.pad(gains[..., self._leaf_of[: self.arch.dimension]], (0, self.extra))
             out = out + (gains * gradients).sum(1)
         out = out * self.scale
         return x + out if self.residual else out
+
+    def standardise_conditions(self, samples: Float[Tensor, "n k"]) -> "RelationalTransformer":
+        if isinstance(self.network, TokenNetwork) and self.network.condition is not None:
+            self.network.condition.standardise(samples)
+        return self
 
     def look_at(self, inputs: Float[Tensor, "n *shape"]) -> "RelationalTransformer":
         """Set the probe inputs, if the field has probes; see :class:`~symflow.nn.probes.Probes`."""

@@ -3,11 +3,12 @@
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from symflow.nn.layout import Layout, Parts
+from symflow.numerics import tolerance
 
 _FREQUENCIES = 16
 
@@ -28,6 +29,38 @@ class TimeFeatures(nn.Module):
         """Return the features of each time."""
         angles = t[:, None] * self.frequencies.to(t.dtype)
         return self.mix(torch.cat([t[:, None], angles.sin(), angles.cos()], dim=-1))
+
+
+@final
+class ConditionFeatures(nn.Module):
+    """A condition mixed by two linear maps; zero before it is trained, and where it is left out."""
+
+    def __init__(self, count: int, width: int) -> None:
+        nn.Module.__init__(self)
+        self.shift: Tensor
+        self.scale: Tensor
+        self.register_buffer("shift", torch.zeros(count))
+        self.register_buffer("scale", torch.ones(count))
+        last = nn.Linear(width, width)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.mix = nn.Sequential(nn.Linear(count, width), nn.SiLU(), last)
+
+    def standardise(self, samples: Float[Tensor, "n k"]) -> None:
+        """Set the units: mean 0 and variance 1; a condition that never varies is only moved."""
+        with torch.no_grad():
+            values = samples.detach().to(self.shift.device, torch.float64)
+            mean, deviation = values.mean(0), values.std(0, correction=0)
+            varies = deviation > tolerance(samples.dtype).eps * mean.abs()
+            self.shift.copy_(mean)
+            self.scale.copy_(torch.where(varies, deviation, 1.0))
+
+    def forward(
+        self, condition: Float[Tensor, "B k"], keep: Bool[Tensor, " B"] | None
+    ) -> Float[Tensor, "B width"]:
+        """Return the features of each condition."""
+        found = self.mix((condition - self.shift) / self.scale)
+        return found if keep is None else torch.where(keep[:, None], found, 0)
 
 
 @final
@@ -148,6 +181,7 @@ class TokenNetwork(nn.Module):
         time_width: int,
         seen: int = 0,
         more: int = 0,
+        conditions: int = 0,
     ) -> None:
         nn.Module.__init__(self)
         self.layout = layout
@@ -165,15 +199,25 @@ class TokenNetwork(nn.Module):
         self.whole_out = nn.Linear(width, layout.features)
         self.nodes_out = nn.ModuleList(nn.Linear(width, b.features) for b in layout.nodes)
         self.edges_out = nn.ModuleList(nn.Linear(edge_width, e.features) for e in layout.edges)
+        # Last, so that everything else is initialised as in a network without.
+        self.condition = ConditionFeatures(conditions, time_width) if conditions else None
 
     def heads_out(self) -> list[nn.Linear]:
         """Return the last linear maps, whose zero weights make the output zero."""
         found = (self.whole_out, *self.nodes_out, *self.edges_out)
         return [m for m in found if isinstance(m, nn.Linear)]
 
-    def forward(self, parts: Parts, t: Float[Tensor, " B"]) -> Parts:
-        """Map the numbers of the graph to new ones."""
+    def forward(
+        self,
+        parts: Parts,
+        t: Float[Tensor, " B"],
+        condition: Float[Tensor, "B k"] | None = None,
+        keep: Bool[Tensor, " B"] | None = None,
+    ) -> Parts:
+        """Map the numbers of the graph to new ones; a condition stands beside the time."""
         time = self.time(t)
+        if self.condition is not None and condition is not None:
+            time = time + self.condition(condition, keep)
         tokens = [self.whole_in(parts.whole)[:, None]]
         tokens += [put(x) for put, x in zip(self.nodes_in, parts.nodes, strict=True)]
         edges = [

@@ -1,0 +1,221 @@
+"""What a flow over MNIST networks 784-10-10 is good for elsewhere: other widths, another task.
+
+Everything is drawn from flows of mnist.py, the headline or, where another task's gradients guide it,
+the Euclidean one; nothing is trained again. Fashion-MNIST is
+its first 3,600 training images, 2,600 to train on and 1,000 to test (set SYMFLOW_DATA to a folder
+with fashion-mnist-head). Strengths of guidance and step sizes are chosen on 600 of the 2,600.
+"""
+
+import os
+from argparse import ArgumentParser
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from experiment import Experiment, reduced
+from ledger import Ledger, Row
+from measured import quality
+from mnist import ZOO, rows
+from torch import Tensor
+from torch.nn import functional as F
+
+import symflow
+from symflow import flows
+from symflow.arch import Architecture, Leaf
+from symflow.evaluate import accuracy, loss
+from symflow.flows import Guidance, Source
+from symflow.zoo import Task, train
+
+WIDTHS = (10, 16, 32, 64)
+NETWORKS = 32
+GUIDED_STEPS = 512
+STRENGTHS = (10.0, 30.0, 100.0, 200.0)
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+EPOCHS, BATCH, RATE = 40, 50, 0.001
+VALIDATION = 600
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Given(Source):
+    """Initial weights that are there already, such as samples of a flow."""
+
+    weights: Tensor
+
+    def spread(self, leaf: Leaf, fan_in: int) -> float:
+        """Return nothing: no leaf is drawn."""
+        raise NotImplementedError
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Return nothing: no leaf is drawn."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        arch: Architecture,
+        n: int,
+        *,
+        generator: torch.Generator,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return the first ``n`` of the weights."""
+        return self.weights[:n].to(dtype)
+
+
+def fashion() -> Task:
+    """Read the head of Fashion-MNIST."""
+    return symflow.zoo.idx(Path(os.environ.get("SYMFLOW_DATA", ".")) / "fashion-mnist-head")
+
+
+def without(task: Task, held: int) -> Task:
+    """Return the training examples alone, the last of them as the test split: to choose by."""
+    n = len(task.x_train) - held
+    return replace(
+        task,
+        name=f"{task.name}, to choose by",
+        x_train=task.x_train[:n],
+        y_train=task.y_train[:n],
+        x_test=task.x_train[n:],
+        y_test=task.y_train[n:],
+    )
+
+
+def losses(arch: Architecture, w: Tensor, task: Task) -> Tensor:
+    """Return the training loss of each network, differentiable."""
+    out = arch.apply(w, task.x_train.flatten(1))
+    wanted = task.y_train.expand(len(w), -1)
+    return (
+        F.cross_entropy(out.flatten(0, 1), wanted.flatten(), reduction="none")
+        .view(len(w), -1)
+        .mean(1)
+    )
+
+
+def guided(flow: flows.Flow, task: Task, strength: float, starts: Tensor) -> Tensor:
+    """Draw networks that are bent towards low loss on a task, from these initial weights."""
+    guide = Guidance(lambda w: losses(flow.arch, w, task), strength)
+    return flow.sample(len(starts), steps=GUIDED_STEPS, guidance=guide, start=starts)
+
+
+def descended(arch: Architecture, task: Task, rate: float, starts: Tensor) -> Tensor:
+    """Spend as many full-batch gradients on plain descent from the same initial weights."""
+    w = starts.clone()
+    for _ in range(GUIDED_STEPS):
+        w.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(losses(arch, w, task).sum(), w)
+        w = (w - rate * gradient).detach()
+    return w
+
+
+def figures(arch: Architecture, ws: Tensor, task: Task) -> dict[str, Any]:
+    """Return test accuracy and loss."""
+    found = {"accuracy": accuracy(arch, ws, task), "loss": loss(arch, ws, task)}
+    return {
+        **{name: float(x.mean()) for name, x in found.items()},
+        **{f"{name}_error": float(x.std() / len(x) ** 0.5) for name, x in found.items()},
+        "networks": len(ws),
+    }
+
+
+def guidance_row(flow: flows.Flow, starts: Tensor) -> dict[str, Any]:
+    """Choose a strength on held-out training examples, then measure on the test data."""
+    task = fashion()
+    choose = without(task, VALIDATION)
+    few = starts[:8]
+    tried = {
+        s: figures(flow.arch, guided(flow, choose, s, few), choose)["accuracy"] for s in STRENGTHS
+    }
+    best = max(tried, key=lambda s: tried[s])
+    return {
+        **figures(flow.arch, guided(flow, task, best, starts), task),
+        "strength": best,
+        "gradient_evaluations": GUIDED_STEPS,
+        "tried": {str(k): v for k, v in tried.items()},
+    }
+
+
+def descent_row(arch: Architecture, starts: Tensor) -> dict[str, Any]:
+    """Do the same for plain descent."""
+    task = fashion()
+    choose = without(task, VALIDATION)
+    few = starts[:8]
+    tried = {r: figures(arch, descended(arch, choose, r, few), choose)["accuracy"] for r in RATES}
+    best = max(tried, key=lambda r: tried[r])
+    return {
+        **figures(arch, descended(arch, task, best, starts), task),
+        "rate": best,
+        "gradient_evaluations": GUIDED_STEPS,
+        "tried": {str(k): v for k, v in tried.items()},
+    }
+
+
+def training_row(arch: Architecture, starts: Tensor) -> dict[str, Any]:
+    """Train from initial weights with Adam; keep the curve of the training loss."""
+    task = fashion()
+    zoo = train(
+        arch,
+        task,
+        runs=len(starts),
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        optimizer="adam",
+        lr=RATE,
+        init=Given(starts),
+        progress=False,
+    )
+    steps = len(task.x_train) // BATCH
+    return {
+        **figures(arch, zoo.final, task),
+        "curve": zoo.metrics["history"].mean(0).tolist(),
+        "steps_an_epoch": steps,
+    }
+
+
+def run(*, fast: bool) -> None:
+    """Run or resume every row."""
+    zoo, cells = reduced(ZOO, rows()) if fast else (ZOO, rows())
+    flow_settings = cells["Geometric, headline"]
+    ledger = Ledger("transfer", fast)
+    experiment = Experiment("mnist", symflow.zoo.mnist(), zoo, fast=fast)
+    flow, _ = experiment.fitted("Geometric, headline", flow_settings)
+    plain = "Euclidean, run, behaviour"
+    source = flows.Gaussian(zoo.std)
+    told = {"steps": flow_settings.steps, "rank": flow_settings.rank, "networks": NETWORKS}
+    for n in WIDTHS:
+        arch = symflow.mlp([784, n, 10])
+
+        def wide(arch: Architecture = arch) -> dict[str, Any]:
+            drawn = flows.transfer(flow, arch).sample(NETWORKS, steps=32, seed=7)
+            return quality(arch, drawn, experiment.task)
+
+        ledger.row(Row(f"width {n}", told), wide)
+    generator = torch.Generator().manual_seed(11)
+    starts = source.sample(flow.arch, NETWORKS, generator=generator)
+    told |= {"strengths": STRENGTHS, "rates": RATES, "guided_steps": GUIDED_STEPS}
+    ledger.row(
+        Row("Fashion, guided", told),
+        lambda: guidance_row(experiment.fitted(plain, cells[plain])[0], starts),
+    )
+    ledger.row(Row("Fashion, plain descent", told), lambda: descent_row(flow.arch, starts))
+    told |= {"epochs": EPOCHS, "batch": BATCH, "rate": RATE}
+    ledger.row(Row("Fashion, from scratch", told), lambda: training_row(flow.arch, starts))
+    ledger.row(
+        Row("Fashion, from flow samples", told),
+        lambda: training_row(flow.arch, flow.sample(NETWORKS, steps=32, start=starts)),
+    )
+
+    def hidden_alone() -> dict[str, Any]:
+        parts = flow.arch.unflatten(flow.sample(NETWORKS, steps=32, start=starts))
+        fresh = flow.arch.unflatten(starts)
+        parts |= {key: fresh[key] for key in flow.arch.output}
+        return training_row(flow.arch, flow.arch.flatten(parts))
+
+    ledger.row(Row("Fashion, from flow samples with a fresh last layer", told), hidden_alone)
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--fast", action="store_true", help="reduced sizes: to try the machinery")
+    torch.set_num_threads(1)
+    run(fast=parser.parse_args().fast)
