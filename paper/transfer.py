@@ -1,9 +1,9 @@
 """What a flow over MNIST networks 784-10-10 is good for elsewhere: other widths, another task.
 
-Everything is drawn from flows of mnist.py, the headline or, where another task's gradients guide it,
-the Euclidean one; nothing is trained again. Fashion-MNIST is
-its first 3,600 training images, 2,600 to train on and 1,000 to test (set SYMFLOW_DATA to a folder
-with fashion-mnist-head). Strengths of guidance and step sizes are chosen on 600 of the 2,600.
+Everything is drawn from flows of mnist.py: the headline, or the Euclidean one where gradients of
+another task guide it; nothing is trained again. Fashion-MNIST is its first 3,600 training images,
+2,600 to train on and 1,000 to test (set SYMFLOW_DATA to a folder with fashion-mnist-head).
+Strengths of guidance and step sizes are chosen on 600 of the 2,600.
 """
 
 import os
