@@ -42,6 +42,7 @@ from symflow.flows import (
     TimeLaw,
     load,
 )
+from symflow.flows.fit import Trainer
 from symflow.flows.path import interpolate
 from symflow.nn import RelationalTransformer, VectorField
 from symflow.testing import concrete_classes
@@ -243,6 +244,39 @@ def test_held_out_networks_are_watched(arch):
         toy_zoo(arch), steps=4, log_every=2, validation=toy_zoo(arch, 8, seed=1)
     )
     assert [set(r) for r in flow.history] == [{"step", "loss", "validation"}] * 2
+
+
+def test_the_best_on_held_out_networks_is_kept(arch, tmp_path):
+    """Also over an interruption; the network goes on, its running average goes back."""
+    generator = torch.Generator().manual_seed(3)
+    zoo, other = (
+        SimpleNamespace(
+            initial=Gaussian(0.3).sample(arch, n, generator=generator),
+            final=torch.randn(n, arch.dimension, generator=generator),
+        )
+        for n in (2, 16)
+    )  # nothing but these two can be learned
+    settings = {"steps": 60, "lr": 0.01, "log_every": 5, "ema": 0.0, "schedule": "constant"}
+    last = make("euclidean", arch).fit(zoo, validation=other, **settings)
+    best = make("euclidean", arch).fit(zoo, validation=other, keep="best", **settings)
+    assert best.history == last.history
+    losses = [record["validation"] for record in best.history]
+    assert min(losses) < losses[-1]
+    # Stopped where the least loss was recorded, training gives the same.
+    least = int(best.history[losses.index(min(losses))]["step"])
+    short = make("euclidean", arch).fit(zoo, validation=other, **settings | {"steps": least})
+    assert torch.equal(best.sample(3, steps=2), short.sample(3, steps=2))
+    assert not torch.equal(best.sample(3, steps=2), last.sample(3, steps=2))
+    folder = {"folder": tmp_path, "keep": "best", "checkpoint_every": 5}
+    broken, advance = make("euclidean", arch), Trainer._advance
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_advance", lambda t: advance(t) if t.step < 52 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            broken.fit(zoo, validation=other, **settings, **folder)
+    resumed = make("euclidean", arch).fit(zoo, validation=other, **settings, **folder)
+    assert torch.equal(best.sample(3, steps=2), resumed.sample(3, steps=2))
+    with pytest.raises(StateError, match="held-out"):
+        make("euclidean", arch).fit(zoo, keep="best", steps=2)
 
 
 def test_velocity_prediction_trains_and_samples(arch):

@@ -1,5 +1,6 @@
 """The training loop of a flow: resumable, and the same with or without an interruption."""
 
+import math
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -44,6 +45,11 @@ class Trainer:
                 "the behaviour loss compares predictions on data: pass inputs=, as in "
                 "flow.fit(zoo, inputs=task.x_train, behaviour=10.0)"
             )
+        if settings.keep == "best" and validation is None:
+            raise StateError(
+                "keep='best' goes by held-out networks: pass validation=, as in "
+                "flow.fit(zoo.select(slice(0, 90)), validation=zoo.select(slice(90, None)))"
+            )
         if not any(p.requires_grad for p in flow.field.parameters()):
             raise StateError(
                 f"the field ({type(flow.field).__name__}) has no parameters that are trained: give "
@@ -81,6 +87,8 @@ class Trainer:
         flow.average.load_state_dict(flow.field.state_dict())
         flow.history = []
         self.step = 0
+        self.best: dict[str, Tensor] = {}
+        self.best_loss = math.inf
 
     def run(self, folder: Path | None, progress: bool) -> None:
         """Train to the end, from the checkpoint in ``folder`` if there is one."""
@@ -103,6 +111,7 @@ class Trainer:
                 if last or self.step % self.settings.log_every == 0:
                     record = {"step": float(self.step), "loss": loss} | self._validate()
                     self.flow.history.append(record)
+                    self._keep(record, last=last)
                     bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k != "step"})
                 if file is not None and (last or self.step % self.settings.checkpoint_every == 0):
                     self._save(file)
@@ -265,6 +274,17 @@ class Trainer:
             )
         return {"validation": float(loss)}
 
+    def _keep(self, record: dict[str, float], *, last: bool) -> None:
+        """Remember the running average of the least held-out loss; at the end, go back to it."""
+        if self.settings.keep != "best":
+            return
+        average = self.flow.average
+        if record["validation"] < self.best_loss:
+            self.best_loss = record["validation"]
+            self.best = {k: v.detach().clone() for k, v in average.state_dict().items()}
+        if last:
+            average.load_state_dict(self.best)
+
     # ---------------------------------------------------------------- checkpoints
 
     def _save(self, file: Path) -> None:
@@ -274,8 +294,10 @@ class Trainer:
             for i, state in optimizer.state_dict()["state"].items()
             for k, v in state.items()
         }
+        moments |= {f"best.{k}": v for k, v in self.best.items()}
         meta = {
             **self.flow.describe(),
+            **({"best": self.best_loss} if self.best else {}),
             "history": self.flow.history,
             "settings": asdict(self.settings),
             "data": self.data,
@@ -298,6 +320,8 @@ class Trainer:
                     state.setdefault(int(index), {})[name] = value
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.best = {k.removeprefix("best."): v for k, v in tensors.items() if k[:5] == "best."}
+        self.best_loss = float(meta.get("best", math.inf))
         self.step = int(meta["step"])
 
 

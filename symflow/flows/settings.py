@@ -11,7 +11,11 @@ from torch import nn
 from symflow.errors import ShapeError
 from symflow.flows.require import number, whole
 
-_CHOICES = {"optimizer": ("adam", "adamw", "muon"), "schedule": ("cosine", "constant")}
+_CHOICES = {
+    "optimizer": ("adam", "adamw", "muon"),
+    "schedule": ("cosine", "constant"),
+    "keep": ("last", "best"),
+}
 
 
 @final
@@ -31,6 +35,9 @@ class FitSettings:
         many steps; largest gradient norm.
     ema
         Decay of the running average of the network's weights, which samples are drawn with.
+    keep
+        ``"best"``: at the end the running average goes back to where, among the recorded steps, the
+        loss of the held-out networks was least. With few runs a flow learns them by heart.
     behaviour, behaviour_inputs
         Weight of the behaviour loss, the mean KL divergence between the predictions of the true end
         and of the predicted one on so many random inputs. Errors that change the function count,
@@ -60,6 +67,7 @@ class FitSettings:
     warmup: int = 50
     clip: float = 1.0
     ema: float = 0.999
+    keep: str = "last"
     behaviour: float = 0.0
     behaviour_inputs: int = 128
     seed: int = 0
