@@ -193,10 +193,6 @@ def run(*, fast: bool) -> None:
     generator = torch.Generator().manual_seed(11)
     starts = source.sample(flow.arch, NETWORKS, generator=generator)
     told |= {"strengths": STRENGTHS, "rates": RATES, "guided_steps": GUIDED_STEPS}
-    ledger.row(
-        Row("Fashion, guided", told),
-        lambda: guidance_row(experiment.fitted(plain, cells[plain])[0], starts),
-    )
     ledger.row(Row("Fashion, plain descent", told), lambda: descent_row(flow.arch, starts))
     told |= {"epochs": EPOCHS, "batch": BATCH, "rate": RATE}
     ledger.row(Row("Fashion, from scratch", told), lambda: training_row(flow.arch, starts))
@@ -212,6 +208,10 @@ def run(*, fast: bool) -> None:
         return training_row(flow.arch, flow.arch.flatten(parts))
 
     ledger.row(Row("Fashion, from flow samples with a fresh last layer", told), hidden_alone)
+    ledger.row(
+        Row("Fashion, guided", told),
+        lambda: guidance_row(experiment.fitted(plain, cells[plain])[0], starts),
+    )
 
 
 if __name__ == "__main__":

@@ -665,6 +665,20 @@ def test_a_checkpoint_belongs_to_its_data(arch, tmp_path):
         fit(**good | {"zoo": starts})
 
 
+def test_checkpoints_from_before_a_setting_are_read(arch, tmp_path):
+    """Settings that are newer than a file had their defaults."""
+    zoo, file = toy_zoo(arch), tmp_path / "flow.safetensors"
+    first = make("euclidean", arch).fit(zoo, steps=3, folder=tmp_path)
+    tensors, meta = load_tensors(file)
+    assert meta["settings"].pop("keep") == "last"
+    save_tensors(file, tensors, meta)
+    again = make("euclidean", arch).fit(zoo, steps=3, folder=tmp_path)
+    assert torch.equal(again.sample(2, steps=2), first.sample(2, steps=2))
+    save_tensors(file, tensors, meta)
+    with pytest.raises(FileFormatError, match="settings"):
+        make("euclidean", arch).fit(zoo, steps=3, ema=0.5, folder=tmp_path)
+
+
 def test_a_checkpoint_belongs_to_its_field(arch, tmp_path):
     """Weights of the same shapes do not make the same field: heads do not show in them."""
     one, two = (RelationalTransformer(arch, **(SMALL | {"heads": n})) for n in (1, 2))
