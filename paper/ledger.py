@@ -43,9 +43,12 @@ class Ledger:
         Its name; the file is ``results/<experiment>.json``, or ``-fast.json`` at reduced size.
     fast
         Whether sizes are reduced: such results are never shown.
+    only
+        Rows whose names do not hold this are passed over.
     """
 
-    def __init__(self, experiment: str, fast: bool) -> None:
+    def __init__(self, experiment: str, fast: bool, only: str = "") -> None:
+        self.only = only
         self.experiment = experiment + ("-fast" if fast else "")
         self.folder = BUILD / self.experiment
         self.file = (BUILD if fast else RESULTS) / f"{self.experiment}.json"
@@ -53,6 +56,8 @@ class Ledger:
 
     def row(self, row: Row, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a row's figures: those stored for the same settings, or the work's."""
+        if self.only not in row.name:
+            return {}
         plain = json.loads(json.dumps(asdict(row)))
         stored = self.rows.get(row.name)
         if stored is not None and stored["settings"] == plain["settings"]:

@@ -8,6 +8,7 @@ Strengths of guidance and step sizes are chosen on 600 of the 2,600.
 
 import os
 from argparse import ArgumentParser
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -39,9 +40,12 @@ VALIDATION = 600
 @final
 @dataclass(frozen=True, eq=False)
 class Given(Source):
-    """Initial weights that are there already, such as samples of a flow."""
+    """Initial weights that are there already, such as samples of a flow.
 
-    weights: Tensor
+    They are handed out one after another: a zoo asks for those of each run by itself.
+    """
+
+    weights: Iterator[Tensor]
 
     def spread(self, leaf: Leaf, fan_in: int) -> float:
         """Return nothing: no leaf is drawn."""
@@ -59,8 +63,8 @@ class Given(Source):
         generator: torch.Generator,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Return the first ``n`` of the weights."""
-        return self.weights[:n].to(dtype)
+        """Return the next ``n`` of the weights."""
+        return torch.stack([next(self.weights) for _ in range(n)]).to(dtype)
 
 
 def fashion() -> Task:
@@ -161,7 +165,7 @@ def training_row(arch: Architecture, starts: Tensor) -> dict[str, Any]:
         batch_size=BATCH,
         optimizer="adam",
         lr=RATE,
-        init=Given(starts),
+        init=Given(iter(starts)),
         progress=False,
     )
     steps = len(task.x_train) // BATCH
@@ -172,11 +176,11 @@ def training_row(arch: Architecture, starts: Tensor) -> dict[str, Any]:
     }
 
 
-def run(*, fast: bool) -> None:
-    """Run or resume every row."""
+def run(*, fast: bool, only: str = "") -> None:
+    """Run or resume every row whose name holds ``only``."""
     zoo, cells = reduced(ZOO, rows()) if fast else (ZOO, rows())
     flow_settings = cells["Geometric, headline"]
-    ledger = Ledger("transfer", fast)
+    ledger = Ledger("transfer", fast, only)
     experiment = Experiment("mnist", symflow.zoo.mnist(), zoo, fast=fast)
     flow, _ = experiment.fitted("Geometric, headline", flow_settings)
     plain = "Euclidean, run, behaviour"
@@ -217,5 +221,7 @@ def run(*, fast: bool) -> None:
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--fast", action="store_true", help="reduced sizes: to try the machinery")
+    parser.add_argument("--only", default="", help="rows whose names hold this")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    run(fast=parser.parse_args().fast)
+    run(fast=options.fast, only=options.only)
