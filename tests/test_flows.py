@@ -679,6 +679,23 @@ def test_checkpoints_from_before_a_setting_are_read(arch, tmp_path):
         make("euclidean", arch).fit(zoo, steps=3, ema=0.5, folder=tmp_path)
 
 
+@pytest.mark.parametrize("behaviour", [0.0, 1.0])
+def test_probes_come_from_the_inputs_and_belong_to_the_flow(behaviour, arch, tmp_path):
+    """With or without a behaviour loss: kept in the file, and no others are resumed with."""
+    inputs = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    settings = {"steps": 3, "behaviour": behaviour, "folder": tmp_path / "fit"}
+    flow = make("balanced", arch, probes=4).fit(toy_zoo(arch), inputs=inputs, **settings)
+    seen = flow.average.probes.inputs
+    assert len(seen) == 4 and all((row == inputs).all(1).any() for row in seen)
+    flow.save(tmp_path / "flow.safetensors")
+    again = load(tmp_path / "flow.safetensors")
+    assert torch.equal(again.sample(2, steps=2), flow.sample(2, steps=2))
+    with pytest.raises(FileFormatError, match="inputs"):
+        make("balanced", arch, probes=4).fit(toy_zoo(arch), inputs=inputs + 1, **settings)
+    with pytest.raises(StateError, match="pass inputs="):
+        make("balanced", arch, probes=4).fit(toy_zoo(arch), steps=3)
+
+
 def test_a_checkpoint_belongs_to_its_field(arch, tmp_path):
     """Weights of the same shapes do not make the same field: heads do not show in them."""
     one, two = (RelationalTransformer(arch, **(SMALL | {"heads": n})) for n in (1, 2))

@@ -52,6 +52,13 @@ def tokens(arch, **options):
     return RelationalTransformer(arch, width=8, depth=2, heads=2, edge_width=4, **options)
 
 
+def probing(arch, **options):
+    """Tokens that see what the network does on a few inputs."""
+    field = tokens(arch, probes=5, probe_kinds=2, **options)
+    generator = torch.Generator().manual_seed(4)
+    return field.look_at(torch.randn(5, *arch.inputs[0].shape[1:], generator=generator))
+
+
 def layered(arch, **options):
     return RelationalTransformer(arch, width=8, depth=2, nodes="all", heads=1, **options)
 
@@ -85,7 +92,7 @@ def test_all_nodes_commute_with_every_hidden_permutation(arch, seed, extra):
     assert moves(field, x, t, g) < 1e-10
 
 
-@pytest.mark.parametrize("make", [tokens, layered, graph_field])
+@pytest.mark.parametrize("make", [tokens, probing, layered, graph_field])
 def test_fields_are_equivariant_and_see_other_permutations(make):
     """The broken twin: permuting inputs or outputs, which is no symmetry, must show."""
     arch = symflow.mlp([4, 5, 3, 2])
@@ -106,7 +113,7 @@ def test_fields_are_equivariant_and_see_other_permutations(make):
 
 
 # How each vector field of symflow is made, in its variants. A new one has to be added here.
-MAKERS = {RelationalTransformer: (tokens, layered), GraphField: (graph_field,)}
+MAKERS = {RelationalTransformer: (tokens, probing, layered), GraphField: (graph_field,)}
 
 
 @pytest.mark.parametrize("cls", concrete_classes(VectorField, "symflow.nn"))
@@ -128,7 +135,7 @@ def test_a_field_that_tells_units_apart_fails():
         check_equivariant(lambda x, t: x + numbered * t[:, None], arch)
 
 
-@pytest.mark.parametrize("make", [tokens, layered, graph_field])
+@pytest.mark.parametrize("make", [tokens, probing, layered, graph_field])
 def test_batch_mates_and_time(make):
     arch = symflow.mlp([4, 5, 3, 2])
     field = stirred(make(arch))
@@ -192,7 +199,7 @@ def kept(field, x, t, forward=None):
     return sum(sizes), max(sizes)
 
 
-@pytest.mark.parametrize("make", [tokens, layered, graph_field])
+@pytest.mark.parametrize("make", [tokens, probing, layered, graph_field])
 def test_memory_is_linear_in_the_weights(make):
     """12 times the weights keep about 12 times the numbers, and not 144 times.
 
@@ -336,6 +343,46 @@ def test_three_symmetric_axes_are_refused():
     arch = symflow.Architecture.from_module(Bilinear(), torch.zeros(1, 3))
     with pytest.raises(UnsupportedModuleError, match="3 symmetric axes"):
         tokens(arch, groups="permutation")
+
+
+def test_probes_show_what_weights_do_together():
+    """Gradients of the function, by autograd through the whole network: of root mean square one."""
+    arch = symflow.mlp([4, 5, 2])
+    field = probing(arch).double()
+    w = torch.randn(3, arch.dimension, dtype=torch.float64).requires_grad_()
+    gradients, sizes = field.probes(w)
+    logs = arch.apply(w, field.probes.inputs).log_softmax(-1)
+    wanted = -(field.probes.targets[1].softmax(-1) * logs).sum() / 5
+    (by_hand,) = torch.autograd.grad(wanted, w)
+    for k, leaf in enumerate(arch.leaves):
+        size = sizes.unflatten(-1, (2, -1))[:, 1, k].exp()
+        close = {"rtol": 1e-6, "atol": 1e-6}
+        torch.testing.assert_close(
+            gradients[:, 1, leaf.span] * size[:, None], by_hand[:, leaf.span], **close
+        )
+    other = field.look_at(torch.ones(5, 4)).probes(w)[0]
+    assert not torch.allclose(other, gradients)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"probes": -1}, "0 or more"), ({"probes": 2, "probe_kinds": 0}, "at least 1")],
+)
+def test_numbers_of_probes_are_checked(options, message):
+    with pytest.raises(ShapeError, match=message):
+        tokens(symflow.mlp([4, 5, 2]), **options)
+    with pytest.raises(ShapeError, match="nodes='all'"):
+        layered(symflow.mlp([4, 5, 2]), probes=3)
+
+
+def test_probes_must_be_inputs_of_the_network():
+    arch = symflow.mlp([4, 5, 2])
+    with pytest.raises(ShapeError, match="at least 5 inputs"):
+        probing(arch).look_at(torch.zeros(4, 4))
+    with pytest.raises(ShapeError, match="at least 5 inputs"):
+        probing(arch).look_at(torch.zeros(5, 3))
+    with pytest.raises(ShapeError, match="probes=n"):
+        tokens(arch).look_at(torch.zeros(5, 4))
 
 
 def test_bad_input_says_what_to_do():

@@ -14,6 +14,8 @@ from symflow.arch.mlp import from_config
 from symflow.errors import ShapeError, UnsupportedModuleError
 from symflow.numerics import tolerance
 
+_ROWS = 4096  # inputs taken to float64 at once
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -86,7 +88,7 @@ class InputCoordinates:
         if inputs.ndim < 2 or inputs[0].numel() != n or not bool(inputs.isfinite().all()):
             raise ShapeError(
                 f"inputs must be finite inputs of the network, (m, {n}) when flattened, got shape "
-                f"{tuple(inputs.shape)}"
+                f"{tuple(inputs.shape)}: pass task.x_train"
             )
         x = inputs.detach().flatten(1)
         mean = x.to(torch.float64).mean(0) if bias else torch.zeros(n, dtype=torch.float64)
@@ -100,8 +102,8 @@ class InputCoordinates:
         rank = excited if rank is None else rank
         if not 1 <= rank <= excited:
             raise ShapeError(
-                f"rank must be from 1 to {excited}, the number of directions that these inputs "
-                f"excite, got {rank}"
+                f"rank must be from 1 to {excited}, the number of directions that "
+                f"these inputs excite, got {rank}"
             )
         # An eigenvector's sign is arbitrary: the same on every machine.
         top = vectors.abs().argmax(0, keepdim=True)
@@ -130,8 +132,8 @@ class InputCoordinates:
 
     def encode(self, w: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch R"]:
         """Return the twin's weights; what the kept directions do not see is dropped."""
-        first = w[..., self._weight[0]].unflatten(-1, (-1, len(self.mean)))
         parts = self._split(w, self.outer)
+        first = parts[self._names[0]].unflatten(-1, (-1, len(self.mean)))
         parts[self._names[0]] = (first @ (self.directions * self.deviations).to(w)).flatten(-2)
         if self._names[1]:
             parts[self._names[1]] = parts[self._names[1]] + first @ self.mean.to(w)
@@ -161,16 +163,9 @@ class InputCoordinates:
         path, _ = _first_linear(self.outer)
         return f"{path}.weight", f"{path}.bias" if _has_bias(self.outer, path) else ""
 
-    @cached_property
-    def _weight(self) -> tuple[slice]:
-        return (self.outer.leaf(self._names[0]).span,)
-
     @staticmethod
     def _split(w: Tensor, arch: Architecture) -> dict[str, Tensor]:
         return {leaf.name: w[..., leaf.span] for leaf in arch.leaves}
-
-
-_ROWS = 4096  # inputs taken to float64 at once
 
 
 def _first_linear(arch: Architecture) -> tuple[str, nn.Linear]:

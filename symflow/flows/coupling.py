@@ -67,6 +67,16 @@ class Reordering(Coupling, ABC):
     ) -> tuple[States, States, Int[Tensor, " B"]]:
         """Return the pairs, as :meth:`pair` does, and which of the ends given each end is."""
 
+    def pair(
+        self,
+        draw: Callable[[int], States],
+        starts: States | None,
+        ends: States,
+        align: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[States, States]:
+        """Return the pairs of :meth:`match`."""
+        return self.match(draw, starts, ends, align)[:2]
+
 
 @final
 @dataclass(frozen=True)
@@ -155,16 +165,6 @@ class MiniBatchOT(Reordering):
     def __post_init__(self) -> None:
         if self.metric not in ("ambient", "quotient"):
             raise ShapeError(f"metric must be 'ambient' or 'quotient', got {self.metric!r}")
-
-    def pair(
-        self,
-        draw: Callable[[int], States],
-        starts: States | None,
-        ends: States,
-        align: Callable[[Tensor, Tensor], Tensor],
-    ) -> tuple[States, States]:
-        """Solve the assignment exactly, O(B^3)."""
-        return self.match(draw, starts, ends, align)[:2]
 
     def match(
         self,

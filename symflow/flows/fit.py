@@ -17,6 +17,7 @@ from symflow.flows.coupling import MiniBatchOT, Reordering
 from symflow.flows.path import interpolate, velocity_to
 from symflow.flows.settings import FitSettings
 from symflow.nn import ConditionalField, RelationalTransformer, VectorField
+from symflow.nn.probes import Probes
 
 if TYPE_CHECKING:
     from symflow.flows.flow import Flow
@@ -57,15 +58,15 @@ class Trainer:
             )
         self.flow = flow
         self.settings = settings
-        self.inputs = inputs
-        if inputs is not None and (settings.behaviour > 0 or getattr(flow.field, "probes", None)):
+        self.inputs: Tensor | None = None
+        if inputs is not None and (settings.behaviour > 0 or _probes(flow.field) is not None):
             self.inputs = _network_inputs(flow, inputs, ends)
             if flow.coordinates is not None:
                 self.inputs = flow.coordinates.features(self.inputs)
         # What the result depends on beside the settings: a checkpoint belongs to it.
         self.data = {
             "zoo": digest(starts, ends),
-            "inputs": digest(self.inputs if settings.behaviour > 0 else None),
+            "inputs": digest(self.inputs),
             "validation": digest(*(validation or (None,))),
         }
         self.conditions, self.dropout = conditions, dropout
@@ -81,7 +82,7 @@ class Trainer:
             self._generator(-1), self.starts, self.ends, self._at_most(_UNIT_PAIRS)
         )
         flow.field.standardise(torch.cat([x0, x1]))
-        self._look(flow.field)
+        self._look()
         self.unit = _leaf_rms(flow, x1 - x0)
         self.optimizers = settings.optimizers_over(list(flow.field.parameters()))
         flow.average.load_state_dict(flow.field.state_dict())
@@ -218,13 +219,18 @@ class Trainer:
             x1 = self.flow.align(x0, x1)
         return x0, x1
 
-    def _look(self, field: VectorField) -> None:
+    def _look(self) -> None:
         """Give a field with probes some of the inputs."""
-        if isinstance(field, RelationalTransformer) and field.probes is not None:
-            if self.inputs is None:
-                raise StateError("a field with probes looks at data: pass inputs=task.x_train")
-            rows = torch.randperm(len(self.inputs), generator=self._generator(-4))
-            field.look_at(self.inputs[rows[: field.probes.count]])
+        probes = _probes(self.flow.field)
+        if probes is None:
+            return
+        if self.inputs is None:
+            raise StateError(
+                f"the field looks at the network on {probes.count} inputs: pass inputs=, as in "
+                "flow.fit(zoo, inputs=task.x_train)"
+            )
+        rows = torch.randperm(len(self.inputs), generator=self._generator(-4))
+        probes.look_at(self.inputs[rows[: probes.count]])
 
     def _check_source(self, starts: Tensor | None) -> None:
         """Warn if the source, where samples start, is unlike the recorded initial weights."""
@@ -282,7 +288,7 @@ class Trainer:
         if record["validation"] < self.best_loss:
             self.best_loss = record["validation"]
             self.best = {k: v.detach().clone() for k, v in average.state_dict().items()}
-        if last:
+        if last and self.best:  # not where all held-out losses are NaN
             average.load_state_dict(self.best)
 
     # ---------------------------------------------------------------- checkpoints
@@ -325,6 +331,10 @@ class Trainer:
         self.best = {k.removeprefix("best."): v for k, v in tensors.items() if k[:5] == "best."}
         self.best_loss = float(meta.get("best", math.inf))
         self.step = int(meta["step"])
+
+
+def _probes(field: VectorField) -> Probes | None:
+    return field.probes if isinstance(field, RelationalTransformer) else None
 
 
 def _network_inputs(flow: "Flow", inputs: Any, ends: Tensor) -> Tensor:

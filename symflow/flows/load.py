@@ -59,7 +59,12 @@ def load(
     options = (meta["options"] or {}) if field is None else {}
     found = {k.partition(".")[::2]: v for k, v in tensors.items()}
     chart = {name: v for (part, name), v in found.items() if part == "coordinates"}
-    coordinates = InputCoordinates.of_tensors(arch, **chart) if chart else None
+    try:
+        coordinates = InputCoordinates.of_tensors(arch, **chart) if chart else None
+    except TypeError as error:
+        raise FileFormatError(
+            f"{path}: the coordinates of the inputs are not whole, it has {sorted(chart)}"
+        ) from error
     flow = Flow(arch, recipe, field, coordinates=coordinates, **options)
     if field is not None and meta.get("structure", structure(field)) != structure(field):
         raise FileFormatError(

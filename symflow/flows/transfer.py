@@ -50,7 +50,13 @@ def transfer(flow: Flow, arch: Architecture, *, seed: int = 0) -> Flow:
     torch.Size([4, 32])
     """
     field = flow.field
-    if not isinstance(getattr(field, "network", None), TokenNetwork) or flow.options is None:
+    if flow.options is None:
+        raise ShapeError(
+            f"transfer is for flows that made their field themselves, this one has a "
+            f"{type(field).__name__} of yours: give the flow the field's options instead, as in "
+            "flows.geometric(arch, width=64)"
+        )
+    if not isinstance(getattr(field, "network", None), TokenNetwork):
         raise ShapeError(
             "transfer is for flows with a RelationalTransformer of nodes='symmetric', got "
             f"{type(field).__name__}: other fields may have weights of single units"

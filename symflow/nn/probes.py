@@ -45,11 +45,16 @@ class Probes(nn.Module):
     def __init__(self, arch: Architecture, count: int, kinds: int) -> None:
         nn.Module.__init__(self)
         example = arch.inputs[0]
+        if not isinstance(example, Tensor):
+            raise ShapeError(
+                f"probes are for networks that take a tensor, {arch!r} was traced with a "
+                f"{type(example).__name__}: make the field with probes=0"
+            )
         self.arch = arch
         self.count = count
         self.register_buffer("inputs", torch.zeros(count, *example.shape[1:], dtype=example.dtype))
         with torch.no_grad():
-            out = arch.apply(torch.zeros(arch.dimension, dtype=example.dtype), self.inputs)
+            out = arch.apply(torch.zeros(arch.dimension), self.inputs)
         self.targets = nn.Parameter(torch.randn(kinds, *out.shape))
         leaf_of = [torch.full((leaf.size,), k) for k, leaf in enumerate(arch.leaves)]
         self.register_buffer("_leaf_of", torch.cat(leaf_of), persistent=False)

@@ -105,8 +105,11 @@ class RelationalTransformer(ConditionalField):
             )
         if nodes not in ("symmetric", "all"):
             raise ShapeError(f"nodes must be 'symmetric' or 'all', got {nodes!r}")
-        if nodes == "all" and probes:
-            raise ShapeError("probes are for nodes='symmetric', got nodes='all'")
+        if probes < 0 or probe_kinds < 1 or (nodes == "all" and probes):
+            raise ShapeError(
+                "probes must be a number of inputs, 0 or more, and 0 with nodes='all', and "
+                f"probe_kinds at least 1; got {probes} and {probe_kinds} with nodes={nodes!r}"
+            )
         if conditions < 0 or (nodes == "all" and conditions):
             raise ShapeError(
                 "conditions must be a number of them, 0 or more, and 0 with nodes='all', got "
@@ -177,9 +180,16 @@ class RelationalTransformer(ConditionalField):
         return self
 
     def look_at(self, inputs: Float[Tensor, "n *shape"]) -> "RelationalTransformer":
-        """Set the probe inputs, if the field has probes; see :class:`~symflow.nn.probes.Probes`."""
-        if self.probes is not None:
-            self.probes.look_at(inputs)
+        """Set the probe inputs; see :class:`~symflow.nn.probes.Probes`.
+
+        Raises
+        ------
+        ShapeError
+            If there are too few, they are none of the network, or the field has no probes.
+        """
+        if self.probes is None:
+            raise ShapeError("this field looks at no inputs: make it with probes=n for n of them")
+        self.probes.look_at(inputs)
         return self
 
 
