@@ -117,8 +117,10 @@ class FlowSettings:
 class Experiment:
     """A zoo, flows on it, and the ledger of their figures."""
 
-    def __init__(self, name: str, task: Task, settings: ZooSettings, *, fast: bool) -> None:
-        self.ledger = Ledger(name, fast)
+    def __init__(
+        self, name: str, task: Task, settings: ZooSettings, *, fast: bool, only: str = ""
+    ) -> None:
+        self.ledger = Ledger(name, fast, only)
         self.task, self.settings = task, settings
         self.arch = symflow.mlp(list(settings.widths))
         zoo = train(
@@ -137,16 +139,15 @@ class Experiment:
         self.held_out = zoo.select(slice(settings.runs, None))
         self.audit = Audit.of(self.arch, task, self.training.final)
 
-    def run(self, rows: dict[str, FlowSettings], only: str = "") -> None:
-        """Run or resume the trained networks, the baselines, and every flow named like ``only``."""
+    def run(self, rows: dict[str, FlowSettings]) -> None:
+        """Run or resume the trained networks, the baselines, and every flow."""
         zoo = asdict(self.settings)
         self.ledger.row(Row("trained, held out", zoo), lambda: self.measured(self.held_out.final))
         for name, make in self.baselines().items():
             self.ledger.row(Row(name, zoo), lambda make=make: self.measured(make()))
         for name, one in rows.items():
-            if only in name:
-                row = Row(name, {"zoo": zoo, **asdict(one)})
-                self.ledger.row(row, lambda name=name, one=one: self.flow(name, one))
+            row = Row(name, {"zoo": zoo, **asdict(one)})
+            self.ledger.row(row, lambda name=name, one=one: self.flow(name, one))
 
     def measured(self, ws: Tensor) -> dict[str, Any]:
         """Measure any set of networks."""
@@ -263,4 +264,4 @@ def main(
     torch.set_num_threads(options.threads)
     if options.fast:
         zoo, rows = reduced(zoo, rows)
-    Experiment(name, task(), zoo, fast=options.fast).run(rows, options.only)
+    Experiment(name, task(), zoo, fast=options.fast, only=options.only).run(rows)

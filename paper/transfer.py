@@ -8,10 +8,11 @@ Strengths of guidance and step sizes are chosen on 600 of the 2,600.
 
 import os
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from experiment import Experiment, reduced
@@ -34,7 +35,9 @@ GUIDED_STEPS = 512
 STRENGTHS = (10.0, 30.0, 100.0, 200.0)
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 EPOCHS, BATCH, RATE = 40, 50, 0.001
-VALIDATION = 600
+VALIDATION, FEW = 600, 8  # training examples, and networks, to choose by
+
+Strengths: TypeAlias = tuple[float, ...]
 
 
 @final
@@ -122,33 +125,17 @@ def figures(arch: Architecture, ws: Tensor, task: Task) -> dict[str, Any]:
     }
 
 
-def guidance_row(flow: flows.Flow, starts: Tensor) -> dict[str, Any]:
+def chosen(
+    arch: Architecture, draw: Callable[[Task, float, Tensor], Tensor], among: Strengths, w: Tensor
+) -> dict[str, Any]:
     """Choose a strength on held-out training examples, then measure on the test data."""
     task = fashion()
     choose = without(task, VALIDATION)
-    few = starts[:8]
-    tried = {
-        s: figures(flow.arch, guided(flow, choose, s, few), choose)["accuracy"] for s in STRENGTHS
-    }
+    tried = {s: figures(arch, draw(choose, s, w[:FEW]), choose)["accuracy"] for s in among}
     best = max(tried, key=lambda s: tried[s])
     return {
-        **figures(flow.arch, guided(flow, task, best, starts), task),
+        **figures(arch, draw(task, best, w), task),
         "strength": best,
-        "gradient_evaluations": GUIDED_STEPS,
-        "tried": {str(k): v for k, v in tried.items()},
-    }
-
-
-def descent_row(arch: Architecture, starts: Tensor) -> dict[str, Any]:
-    """Do the same for plain descent."""
-    task = fashion()
-    choose = without(task, VALIDATION)
-    few = starts[:8]
-    tried = {r: figures(arch, descended(arch, choose, r, few), choose)["accuracy"] for r in RATES}
-    best = max(tried, key=lambda r: tried[r])
-    return {
-        **figures(arch, descended(arch, task, best, starts), task),
-        "rate": best,
         "gradient_evaluations": GUIDED_STEPS,
         "tried": {str(k): v for k, v in tried.items()},
     }
@@ -197,7 +184,10 @@ def run(*, fast: bool, only: str = "") -> None:
     generator = torch.Generator().manual_seed(11)
     starts = source.sample(flow.arch, NETWORKS, generator=generator)
     told |= {"strengths": STRENGTHS, "rates": RATES, "guided_steps": GUIDED_STEPS}
-    ledger.row(Row("Fashion, plain descent", told), lambda: descent_row(flow.arch, starts))
+    ledger.row(
+        Row("Fashion, plain descent", told),
+        lambda: chosen(flow.arch, partial(descended, flow.arch), RATES, starts),
+    )
     told |= {"epochs": EPOCHS, "batch": BATCH, "rate": RATE}
     ledger.row(Row("Fashion, from scratch", told), lambda: training_row(flow.arch, starts))
     ledger.row(
@@ -214,7 +204,12 @@ def run(*, fast: bool, only: str = "") -> None:
     ledger.row(Row("Fashion, from flow samples with a fresh last layer", told), hidden_alone)
     ledger.row(
         Row("Fashion, guided", told),
-        lambda: guidance_row(experiment.fitted(plain, cells[plain])[0], starts),
+        lambda: chosen(
+            flow.arch,
+            partial(guided, experiment.fitted(plain, cells[plain])[0]),
+            STRENGTHS,
+            starts,
+        ),
     )
 
 

@@ -349,5 +349,5 @@ def test_distillation_says_what_is_wrong(teachers, arch):
         make("euclidean", arch).distil()
     with pytest.raises(StateError, match="takes none: make the flow"):
         flow.distil(2, conditions=[1.0])
-    with pytest.raises(StateError, match="the distillation diverged at iteration"):
+    with pytest.raises(StateError, match="the distillation diverged at step"):
         flow.distil(2, teacher_steps=4, starts=8, iterations=500, lr=1e25)

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from symflow.errors import ShapeError, StateError
+from symflow.errors import ShapeError
+from symflow.flows.descent import Descent
 from symflow.flows.require import whole
 from symflow.flows.sampling import Motion, prepared, require_trained, starts_of
 from symflow.flows.settings import FitSettings
@@ -80,30 +81,14 @@ def _train(
     settings: FitSettings,
 ) -> None:
     """Descend the distance of the student's states from the teacher's at each of its times."""
-    optimizers = settings.optimizers_over(list(student.field.parameters()))
+    descent = Descent(student.field, student.average, settings, "the distillation")
     for step in range(settings.steps):
         generator = torch.Generator().manual_seed((settings.seed + 1) * 1_000_003 + step)
         rows = torch.randint(path.shape[1], (settings.batch_size,), generator=generator)
         loss = _loss(student, path[:, rows], None if condition is None else condition[rows])
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        size = torch.nn.utils.clip_grad_norm_(student.field.parameters(), settings.clip)
-        if not bool(size.isfinite()):
-            raise StateError(
-                f"the distillation diverged at iteration {step}: lower lr (now {settings.lr})"
-            )
-        for optimizer in optimizers:
-            optimizer.step()
-        decay = min(settings.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            averages, values = student.average.parameters(), student.field.parameters()
-            for average, value in zip(averages, values, strict=True):
-                average.lerp_(value, 1 - decay)
+        value = descent.step(loss, step)
         if step + 1 == settings.steps or (step + 1) % settings.log_every == 0:
-            student.history.append({"step": step + 1.0, "loss": float(loss.detach())})
+            student.history.append({"step": step + 1.0, "loss": value})
 
 
 def _loss(student: "Flow", path: Float[Tensor, "more n size"], condition: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from symflow.errors import ShapeError, StateError, SymflowWarning
 from symflow.files import digest, load_tensors, require_same, save_tensors
 from symflow.flows.condition import Conditioned
 from symflow.flows.coupling import MiniBatchOT, Reordering
+from symflow.flows.descent import Descent
 from symflow.flows.path import interpolate, velocity_to
 from symflow.flows.settings import FitSettings
 from symflow.nn import ConditionalField, RelationalTransformer, VectorField
@@ -84,7 +85,7 @@ class Trainer:
         flow.field.standardise(torch.cat([x0, x1]))
         self._look()
         self.unit = _leaf_rms(flow, x1 - x0)
-        self.optimizers = settings.optimizers_over(list(flow.field.parameters()))
+        self.descent = Descent(flow.field, flow.average, settings, "the flow")
         flow.average.load_state_dict(flow.field.state_dict())
         flow.history = []
         self.step = 0
@@ -122,29 +123,11 @@ class Trainer:
     def _advance(self) -> float:
         flow = self.flow
         generator = self._generator(self.step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.settings.rate(self.step)
         size = self.settings.batch_size
         loss = self._loss(generator, self.starts, self.ends, size, flow.field, self.conditions)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(flow.field.parameters(), self.settings.clip)
-        if not bool(norm.isfinite()):
-            raise StateError(
-                f"the flow diverged at step {self.step}: lower lr (now {self.settings.lr})"
-            )
-        for optimizer in self.optimizers:
-            optimizer.step()
+        value = self.descent.step(loss, self.step)
         self.step += 1
-        # Early averages would be dominated by the untrained network.
-        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            averages, values = list(flow.average.parameters()), list(flow.field.parameters())
-            for average, value in zip(averages, values, strict=True):
-                average.lerp_(value, 1 - decay)
-        return float(loss.detach())
+        return value
 
     def _loss(
         self,
@@ -294,13 +277,7 @@ class Trainer:
     # ---------------------------------------------------------------- checkpoints
 
     def _save(self, file: Path) -> None:
-        moments = {
-            f"optimizer.{n}.{i}.{k}": v
-            for n, optimizer in enumerate(self.optimizers)
-            for i, state in optimizer.state_dict()["state"].items()
-            for k, v in state.items()
-        }
-        moments |= {f"best.{k}": v for k, v in self.best.items()}
+        moments = self.descent.tensors() | {f"best.{k}": v for k, v in self.best.items()}
         meta = {
             **self.flow.describe(),
             **({"best": self.best_loss} if self.best else {}),
@@ -320,14 +297,7 @@ class Trainer:
         require_same(file, stored, asdict(self.settings))
         require_same(file, meta.get("data", {}), self.data)
         self.flow.restore(tensors, meta["history"])
-        for n, optimizer in enumerate(self.optimizers):
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                if key.startswith(f"optimizer.{n}."):
-                    _, _, index, name = key.split(".", 3)
-                    state.setdefault(int(index), {})[name] = value
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.descent.restore(tensors)
         self.best = {k.removeprefix("best."): v for k, v in tensors.items() if k[:5] == "best."}
         self.best_loss = float(meta.get("best", math.inf))
         self.step = int(meta["step"])
