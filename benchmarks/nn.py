@@ -173,13 +173,13 @@ def measure(case: Case, system: str) -> dict[str, Any]:
         (out - target).square().mean().backward()
         optimizer.step()
 
-    before = _peak_mebibytes()
+    before = peak_mebibytes()
     warm_up, repeats = case.steps[system]
     record.timed(step, warm_up, warm_up=0)
     start = time.process_time()
     seconds = record.timed(step, repeats, warm_up=0)
     cpu = (time.process_time() - start) / repeats
-    return {"seconds": seconds, "cpu_seconds": cpu, "mebibytes": _peak_mebibytes() - before}
+    return {"seconds": seconds, "cpu_seconds": cpu, "mebibytes": peak_mebibytes() - before}
 
 
 def agreement() -> dict[str, Any]:
@@ -212,7 +212,8 @@ def _output_and_gradients(out: Tensor, weights: Tensor, field: RelationalTransfo
     return torch.cat([x.detach().flatten() for x in (out, *grads)])
 
 
-def _peak_mebibytes() -> float:
+def peak_mebibytes() -> float:
+    """Return the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

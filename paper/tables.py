@@ -116,6 +116,30 @@ def flows(experiment: str, *, fast: bool) -> str:
     return table([*heads, "minutes", "parameters", "thesis"], rows)
 
 
+def transfer(*, fast: bool) -> str:
+    """List what the flows are good for elsewhere."""
+    rows = [
+        [
+            _plain(name),
+            rf"${found['accuracy']:.4f} \pm {found['accuracy_error']:.4f}$",
+            f"{found['loss']:.3f}",
+            str(found.get("gradient_evaluations", "")),
+        ]
+        for name, found in ledger("transfer", fast=fast).items()
+    ]
+    return table(["networks", "accuracy", "loss", "gradients"], rows)
+
+
+def toy(*, fast: bool) -> str:
+    """List the spreads of the Gaussian toy, relative to those of the target's law."""
+    keys = ("mean", "spread_of_means", "spread_of_coordinates")
+    rows = [
+        [_plain(name), *(f"{found[key]:.3f}" for key in keys)]
+        for name, found in ledger("toy", fast=fast).items()
+    ]
+    return table(["samples", *(key.replace("_", " ") for key in keys)], rows)
+
+
 def ledger(experiment: str, *, fast: bool) -> dict[str, Any]:
     """Return the figures of every stored row by its name."""
     file = BUILD / f"{experiment}-fast.json" if fast else STORED / f"{experiment}.json"
@@ -159,6 +183,7 @@ def run(*, fast: bool = False) -> None:
     study = json.loads((RESULTS / "demo" / "results.json").read_text())
     parts = {"networks": networks(study), "barriers": barriers(study), "benchmarks": benchmarks()}
     parts |= {experiment: flows(experiment, fast=fast) for experiment in THESIS}
+    parts |= {"transfer": transfer(fast=fast), "toy": toy(fast=fast)}
     sizes(fast=fast)
     for name, text in parts.items():
         (GENERATED / f"{name}.tex").write_text(text)
