@@ -16,6 +16,7 @@ import warnings
 from typing import Any
 
 import record
+import scipy.linalg
 import torch
 from torch import Tensor
 from torch.func import jacrev
@@ -138,7 +139,7 @@ def explained(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         slope = jacobian(arch, w, entry, generator)
-    _, values, basis = torch.linalg.svd(slope, full_matrices=True)
+    _, values, basis = decomposed(slope, full=True)
     values = torch.cat([values, values.new_zeros(max(0, len(basis) - len(values)))])
     null = basis[values <= NULL * values.max()]
     found = tangent(arch, w)
@@ -147,8 +148,8 @@ def explained(
         raise AssertionError(f"{entry.name}: a direction of the group moves the outputs")
     have, parts = independent(found), {}
     for kind, span in spans(arch, entry, w, slope).items():
-        inside = null @ orthonormal(span).mT
-        left, cosines, _ = torch.linalg.svd(inside, full_matrices=False)
+        inside = null @ independent(span).mT
+        left, cosines, _ = decomposed(inside)
         shared = left[:, cosines > 1 - NULL].mT @ null
         more = independent(torch.cat([have, shared]))
         parts[kind] = len(more) - len(have)
@@ -157,17 +158,27 @@ def explained(
     return len(null), parts
 
 
+def decomposed(rows: Tensor, *, full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular value decomposition.
+
+    The fast driver fails on some matrices with many equal singular values; the slow one does not.
+    """
+    try:
+        return torch.linalg.svd(rows, full_matrices=full)
+    except torch.linalg.LinAlgError:
+        parts = scipy.linalg.svd(rows.numpy(), full_matrices=full, lapack_driver="gesvd")
+        left, values, right = (torch.from_numpy(part) for part in parts)
+        return left, values, right
+
+
 def independent(rows: Tensor) -> Tensor:
     """Return an orthonormal basis of what rows span."""
     length = rows.norm(dim=1, keepdim=True)
     rows = (rows / length.clamp_min(1e-30))[length.squeeze(1) > 0]
     if not len(rows):
         return rows
-    _, values, basis = torch.linalg.svd(rows, full_matrices=False)
+    _, values, basis = decomposed(rows)
     return basis[values > 1e-6 * values.max()]
-
-
-orthonormal = independent
 
 
 def tangent(arch: Architecture, w: Tensor) -> Tensor:
@@ -246,7 +257,7 @@ def spans(arch: Architecture, entry: Entry, w: Tensor, slope: Tensor) -> dict[st
     batch_norm = any("running_var" in leaf.name for leaf in arch.leaves)
     alone = [eye[:0]]
     for leaf in learnable:
-        _, values, basis = torch.linalg.svd(slope[:, leaf.span], full_matrices=True)
+        _, values, basis = decomposed(slope[:, leaf.span], full=True)
         values = torch.cat([values, values.new_zeros(leaf.size - len(values))])
         alone.append(basis[values <= NULL * size.max()] @ eye[leaf.span])
     products = [eye[leaf.span] for leaf in learnable if leaf.key in PRODUCTS.get(entry.name, ())]
