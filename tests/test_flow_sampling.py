@@ -10,7 +10,10 @@ from symflow.errors import ShapeError, StateError
 from symflow.flows import Gaussian, Independent, MiniBatchOT, Optimised, load
 from symflow.flows.condition import Conditioned
 from symflow.flows.distil import teacher_path
+from symflow.flows.sampling import Motion
+from symflow.flows.solve import solve
 from symflow.nn import RelationalTransformer
+from symflow.sections import unit_coordinates
 from symflow.testing import check_equivariant
 
 SMALL = {"width": 16, "depth": 1, "heads": 2, "edge_width": 8}
@@ -351,3 +354,53 @@ def test_distillation_says_what_is_wrong(teachers, arch):
         flow.distil(2, conditions=[1.0])
     with pytest.raises(StateError, match="the distillation diverged at step"):
         flow.distil(2, teacher_steps=4, starts=8, iterations=500, lr=1e25)
+
+
+# ---------------------------------------------------------------- the path's own noise
+
+
+def test_states_have_the_law_of_the_path(arch):
+    """To an end that is known the process is a Brownian bridge: its spread at each time is known.
+
+    And without the bridge's noise, the same drift leads straight there.
+    """
+    flow, n, steps = make("euclidean", arch, bridge=0.4), 4096, 8
+    flow.unit = torch.linspace(0.5, 2.0, arch.dimension)
+    end = torch.ones(n, arch.dimension)
+    spreads = {}
+    for bridge in (0.0, 1.0):
+        motion = Motion(flow, bridge=bridge, generator=torch.Generator().manual_seed(0))
+        found = solve(
+            flow.space,
+            lambda t, x: (end - x) / (1 - t),
+            lambda t, x: end,
+            torch.zeros_like(end),
+            steps=steps,
+            kick=motion.kick,
+        )
+        spreads[bridge] = torch.stack([x.std(0) for x in found])
+    t = torch.arange(1, steps + 1)[:, None] / steps
+    law = 2 * 0.4 * (t * (1 - t)).sqrt() * flow.unit
+    torch.testing.assert_close(spreads[1.0], law, rtol=0.05, atol=1e-6)
+    assert float(spreads[0.0].max()) < 1e-6
+
+
+@pytest.mark.parametrize("preset", ["geometric", "normalized"])
+def test_noisy_states_stay_on_their_manifold_and_are_seeded(preset, arch, tmp_path):
+    flow = make(preset, arch, bridge=0.2).fit(runs(arch), steps=3)
+    drawn = flow.sample(6, steps=4, bridge=1.0)
+    rows = drawn[:, unit_coordinates(arch, "h1", 1)]
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(rows.shape[:-1]))
+    assert torch.equal(drawn, flow.sample(6, steps=4, bridge=1.0))
+    assert not torch.allclose(drawn, flow.sample(6, steps=4), atol=1e-3)
+    flow.save(tmp_path / "flow")
+    assert torch.equal(drawn, load(tmp_path / "flow").sample(6, steps=4, bridge=1.0))
+    with pytest.raises(ShapeError, match="bridge"):
+        flow.sample(6, bridge=-1.0)
+    with pytest.raises(ShapeError, match="fixed-step"):
+        flow.sample(6, bridge=1.0, solver="dopri5")
+
+
+def test_paths_without_noise_have_none_to_add(trained):
+    flow = trained["geometric"]
+    assert torch.equal(flow.sample(4, steps=4), flow.sample(4, steps=4, bridge=1.0))

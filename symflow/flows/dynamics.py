@@ -51,6 +51,8 @@ class Dynamics(ABC):
         self.field = field_for(self.inner, field, self.extra)
         self.average = copy.deepcopy(field).requires_grad_(False)
         self.floor = torch.full((arch.dimension,), -torch.inf)
+        # How far coordinates move from start to end, in which path noise is measured.
+        self.unit = torch.ones(self.inner.dimension + self.extra)
         self.history: list[dict[str, float]] = []
 
     # ---------------------------------------------------------------- states

@@ -84,7 +84,7 @@ class Trainer:
         )
         flow.field.standardise(torch.cat([x0, x1]))
         self._look()
-        self.unit = _leaf_rms(flow, x1 - x0)
+        flow.unit = _leaf_rms(flow, x1 - x0)
         self.descent = Descent(flow.field, flow.average, settings, "the flow")
         flow.average.load_state_dict(flow.field.state_dict())
         flow.history = []
@@ -141,7 +141,7 @@ class Trainer:
         flow = self.flow
         x0, x1, rows = self._pairs(generator, starts, ends, size)
         t = flow.recipe.time.sample(len(x1), generator=generator).to(x1)
-        x = interpolate(flow.space, flow.recipe.path, x0, x1, t, self.unit, generator)
+        x = interpolate(flow.space, flow.recipe.path, x0, x1, t, flow.unit, generator)
         if conditions is not None:
             keep = torch.rand(len(rows), generator=generator) >= self.dropout
             field = Conditioned(field, conditions[rows], keep)
@@ -151,7 +151,7 @@ class Trainer:
         else:
             end = flow.predict(field, x, t)
             error = end - x1
-        loss = (error / self.unit).square().mean()
+        loss = (error / flow.unit).square().mean()
         if self.settings.behaviour > 0:
             loss = loss + self.settings.behaviour * self._behaviour(x1, end, generator)
         return loss

@@ -233,6 +233,7 @@ class Flow(Sampler):
             **{f"field.{k}": v for k, v in self.field.state_dict().items()},
             **{f"average.{k}": v for k, v in self.average.state_dict().items()},
             "floor": self.floor,
+            "unit": self.unit,
             **{f"coordinates.{k}": v for k, v in self._chart().items()},
         }
 
@@ -258,7 +259,7 @@ class Flow(Sampler):
             for name, module in (("field.", self.field), ("average.", self.average)):
                 found = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
                 module.load_state_dict(found)
-            self.floor = tensors["floor"]
+            self.floor, self.unit = tensors["floor"], tensors["unit"]
         except (RuntimeError, KeyError) as error:
             raise FileFormatError(f"the file holds another field: {error}") from error
         self.history = history

@@ -36,6 +36,7 @@ class Sampler(Dynamics, ABC):
         steps: int = 64,
         solver: str = "euler",
         noise: float = 0.0,
+        bridge: float = 0.0,
         guidance: Guidance | None = None,
         condition: Tensor | Sequence[Any] | None = None,
         guidance_scale: float = 1.0,
@@ -53,7 +54,13 @@ class Sampler(Dynamics, ABC):
         solver
             ``euler`` or ``heun`` (geodesic steps), ``midpoint``, ``rk4``, ``dopri5``, ``tsit5``.
         noise
-            Standard deviation of the tangent noise added before each step.
+            Standard deviation of the tangent noise added after each step but the last.
+        bridge
+            How much of the path's own noise is added after each step. 1 draws the process that the
+            flow was trained on, Brownian bridges to the predicted ends (bridge matching: Shi et
+            al., 2023), whose states have the law of the training paths at every time. 0 follows
+            the drift of that process without its noise: better networks, but too much alike, the
+            more so the more noise the path has.
         guidance
             Bends samples towards low values of a loss.
         condition
@@ -85,6 +92,7 @@ class Sampler(Dynamics, ABC):
             steps=steps,
             solver=solver,
             noise=noise,
+            bridge=bridge,
             guidance=guidance,
             condition=condition,
             guidance_scale=guidance_scale,
@@ -100,6 +108,7 @@ class Sampler(Dynamics, ABC):
         steps: int = 64,
         solver: str = "euler",
         noise: float = 0.0,
+        bridge: float = 0.0,
         guidance: Guidance | None = None,
         condition: Tensor | Sequence[Any] | None = None,
         guidance_scale: float = 1.0,
@@ -117,6 +126,7 @@ class Sampler(Dynamics, ABC):
             scale=scale,
             guidance=guidance,
             noise=number("noise", noise),
+            bridge=number("bridge", bridge),
             generator=generator,
         )
         x = starts_of(self, n, start, generator)

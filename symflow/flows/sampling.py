@@ -34,8 +34,9 @@ class Motion:
         times what the condition changes (Ho and Salimans, 2022), in the tangent space.
     guidance
         Bends samples towards low values of a loss.
-    noise
-        Standard deviation of the tangent noise that :meth:`kick` adds.
+    noise, bridge
+        Standard deviation of the tangent noise that :meth:`kick` adds to each coordinate, and the
+        share of the path's noise in it.
     generator
         Of the noise.
     """
@@ -48,6 +49,7 @@ class Motion:
         scale: float = 1.0,
         guidance: Guidance | None = None,
         noise: float = 0.0,
+        bridge: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
         self.flow = flow
@@ -55,6 +57,7 @@ class Motion:
         self.scale = scale
         self.guidance = guidance
         self.noise = noise
+        self.bridge = bridge
         self.generator = generator
 
     def velocity(self, t: Tensor, x: States) -> States:
@@ -73,17 +76,26 @@ class Motion:
         field = self.flow.told(self.flow.average, self.condition)
         return self.flow.predict(field, x, t.expand(len(x)))
 
-    def kick(self, x: States) -> States:
-        """Add noise."""
+    def kick(self, t: Tensor, ahead: Tensor, x: States) -> States:
+        """Add noise at the end of the step from the time ``t`` to ``ahead``.
+
+        That of the path is a Brownian bridge to the end, of diffusion 2 b: what a step adds has the
+        variance (2 b)^2 (s - t) (1 - s) / (1 - t) at its end s.
+        """
+        width = 2 * self.bridge * self.flow.recipe.path.bridge
+        size = width * ((ahead - t) * (1 - ahead) / (1 - t)).sqrt() * self.flow.unit.to(x)
         normal = torch.randn(x.shape, generator=self.generator).to(x)
-        return self.flow.space.retr(x, self.flow.space.proju(x, self.noise * normal))
+        kick = (self.noise**2 + size**2).sqrt() * normal
+        return self.flow.space.retr(x, self.flow.space.proju(x, kick))
 
     def states(self, x: States, steps: int, solver: str) -> Iterator[States]:
         """Yield the state after each step; the last one is on the section.
 
         A flow in ambient space gets there only at the end.
         """
-        space, kick = self.flow.space, self.kick if self.noise > 0 else None
+        space = self.flow.space
+        noisy = self.noise > 0 or self.bridge * self.flow.recipe.path.bridge > 0
+        kick = self.kick if noisy else None
         last = 0 if solver in ADAPTIVE and steps > 1 else steps - 1
         found = solve(space, self.velocity, self.finish, x, steps=steps, solver=solver, kick=kick)
         for k, state in enumerate(found):

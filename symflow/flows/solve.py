@@ -12,6 +12,7 @@ from symflow.manifolds import WeightManifold
 SOLVERS = ("euler", "heun", "midpoint", "rk4", "dopri5", "tsit5")
 States = Float[Tensor, "B size"]
 ADAPTIVE = ("dopri5", "tsit5")
+Kick = Callable[[Tensor, Tensor, States], States]
 
 
 def solve(
@@ -22,7 +23,7 @@ def solve(
     *,
     steps: int,
     solver: str = "euler",
-    kick: Callable[[States], States] | None = None,
+    kick: Kick | None = None,
     tolerance: float = 0.001,
 ) -> Iterator[States]:
     """Yield the state after each step; the last one is the sample.
@@ -47,7 +48,8 @@ def solve(
         ``euler``; ``heun``, ``midpoint`` or ``rk4`` (2, 2 or 4 evaluations a step); ``dopri5`` or
         ``tsit5`` (adaptive over all but the last piece).
     kick
-        Disturbs the state before each step (stochastic sampling); with fixed steps only.
+        ``kick(t, next, x)`` disturbs the state after the step between two times, the last one
+        excepted (stochastic sampling); with fixed steps only.
     tolerance
         Absolute and relative error of the adaptive solvers.
 
@@ -64,7 +66,6 @@ def solve(
     for state in integrate(space, velocity, x, grid[:-1], solver, kick=kick, tolerance=tolerance):
         x = state
         yield x
-    x = x if kick is None else kick(x)
     yield finish(grid[steps - 1], x)
 
 
@@ -75,7 +76,7 @@ def integrate(
     grid: Float[Tensor, " times"],
     solver: str = "euler",
     *,
-    kick: Callable[[States], States] | None = None,
+    kick: Kick | None = None,
     tolerance: float = 0.001,
 ) -> Iterator[States]:
     """Yield the state at each time of the grid but the first (adaptive solvers: at the last only).
@@ -96,7 +97,6 @@ def integrate(
             yield space.projx(_odeint(velocity, space, x, grid[[0, -1]], solver, tolerance))
         return
     for k in range(len(grid) - 1):
-        x = x if kick is None else kick(x)
         step = grid[k + 1] - grid[k]
         if solver == "euler":
             x = space.retr(x, step * velocity(grid[k], x))
@@ -107,6 +107,7 @@ def integrate(
             x = space.retr(x, step * (first + second) / 2)
         else:
             x = space.projx(_odeint(velocity, space, x, grid[k : k + 2], solver, tolerance))
+        x = x if kick is None else kick(grid[k], grid[k + 1], x)
         yield x
 
 

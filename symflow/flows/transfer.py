@@ -73,6 +73,7 @@ def transfer(flow: Flow, arch: Architecture, *, seed: int = 0) -> Flow:
         state["scale"] = _spread(flow.inner, found.inner, state["scale"], ratios)
         mine.load_state_dict(state)
     found.floor = _spread(flow.arch, arch, flow.floor, {})
+    found.unit = _spread(flow.inner, found.inner, flow.unit, ratios)
     found.history = list(flow.history)
     return found
 

@@ -1,20 +1,24 @@
 """Groups that act by permuting the coordinates of an axis."""
 
+import importlib.util
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import final
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from symflow.groups.base import CompactGroup, along
 
 Index = Int[Tensor, "*#batch n"]
 
-# From this size on it pays to reduce a matrix before it is assigned.
+# From this size on it pays to reduce a matrix before SciPy assigns it.
 _WIDE = 48
 
 
@@ -117,33 +121,61 @@ def invert(g: Index) -> Index:
 def assignment(c: Float[Tensor, "*batch n m"]) -> Int[Tensor, "*batch n"]:
     """Choose for each row another column, with the greatest sum (``n <= m``).
 
-    SciPy's ``linear_sum_assignment`` (Crouse, 2016), one matrix after the other: it runs on the CPU
-    and holds the interpreter lock, so use processes to go faster.
+    Square matrices go to lapx where it is installed (``pip install symflow[fast]``): Jonker and
+    Volgenant's method (1987), which takes a third of the time of SciPy's ``linear_sum_assignment``
+    (Crouse, 2016) and runs over a batch in as many threads as PyTorch has. SciPy takes the rest,
+    one matrix after the other, and holds the interpreter lock. Both are exact; where several
+    assignments are the best they may choose different ones.
+
+    Raises
+    ------
+    ValueError
+        If an entry is NaN or infinite.
 
     Examples
     --------
     >>> assignment(torch.tensor([[1.0, 2.0, 9.0], [8.0, 3.0, 10.0]]))
     tensor([2, 0])
     """
+    n, m = c.shape[-2:]
+    matrices = c.detach().to("cpu").reshape(-1, n, m)
+    # The sum tells, but where it overflows.
+    if not (math.isfinite(float(matrices.sum())) or bool(matrices.isfinite().all())):
+        raise ValueError("an assignment needs finite numbers, got NaN or infinite ones")
+    columns = (_by_lapx if n == m and has_lapx() else _by_scipy)(matrices)
+    found = columns[0] if len(columns) == 1 else np.stack(columns or [np.zeros((0, n))])
+    return torch.from_numpy(found.astype(np.int64)).reshape(c.shape[:-1]).to(c.device)
+
+
+@cache
+def has_lapx() -> bool:
+    """Whether lapx is there: looked for once."""
+    return importlib.util.find_spec("lap") is not None
+
+
+def _by_lapx(c: Float[Tensor, "N n n"]) -> Sequence[NDArray[np.int64]]:
+    from lap import lapjvr, lapjvr_batch
+
+    costs = (-c if c.dtype in (torch.float32, torch.float64) else -c.double()).numpy()
+    if len(costs) == 1:
+        return [lapjvr(costs[0], return_cost=False)[1]]
+    return lapjvr_batch(costs, return_cost=False, n_threads=torch.get_num_threads())[1]
+
+
+def _by_scipy(c: Float[Tensor, "N n m"]) -> Sequence[NDArray[np.int64]]:
     from scipy.optimize import linear_sum_assignment  # deferred: keeps `import symflow` light
 
-    square = c.shape[-2] == c.shape[-1] and c.shape[-1] >= _WIDE
-    matrices = c.detach().to("cpu").reshape(-1, *c.shape[-2:])
-    matrices = matrices if square else matrices.to(torch.float64)
-    columns = [
-        linear_sum_assignment((_reduced(m) if square else m).numpy(), maximize=True)[1]
-        for m in matrices
+    wide = c.shape[-2] == c.shape[-1] and c.shape[-1] >= _WIDE
+    return [
+        linear_sum_assignment((_reduced(x) if wide else x.double()).numpy(), maximize=True)[1]
+        for x in c
     ]
-    if len(columns) == 1:
-        return torch.from_numpy(columns[0].astype(np.int64)).reshape(c.shape[:-1]).to(c.device)
-    stacked = np.stack(columns) if columns else np.zeros((0, c.shape[-2]), dtype=np.int64)
-    return torch.from_numpy(stacked.astype(np.int64)).reshape(c.shape[:-1]).to(c.device)
 
 
 def _reduced(c: Tensor) -> Tensor:
     """Take from each row, then from each column, its greatest entry.
 
-    The same assignments are the best, and are found with a third less work: most of the solver's
+    The same assignments are the best, and SciPy finds them with a third less work: most of its
     shortest paths have length zero.
     """
     x = c.to(torch.float64)

@@ -303,9 +303,9 @@ class Quotient:
         ws
             Networks (N, D).
         workers
-            Number of joblib's jobs. The assignments of an alignment hold the interpreter lock, so
-            processes are what helps; inside ``joblib.parallel_config(backend)`` that backend runs
-            them, such as Dask or Ray on many machines.
+            Number of joblib's jobs: processes, for the small operations of an alignment hold the
+            interpreter lock; inside ``joblib.parallel_config(backend)`` that backend runs them,
+            such as Dask or Ray on many machines.
         progress
             Whether a bar is shown where the output is a terminal and it takes a while.
 
