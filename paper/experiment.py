@@ -86,8 +86,8 @@ class FlowSettings:
         Path noise; weight of the behaviour loss and inputs in it at each step.
     steps, batch_size, lr, ema
         Training, with Muon.
-    sampling, samples
-        Euler steps, and networks drawn.
+    sampling, samples, noisy
+        Euler steps, networks drawn, and how much of the path noise is added while they are.
     seed
         Of the field, its training and its samples.
     """
@@ -111,6 +111,15 @@ class FlowSettings:
     sampling: int = 32
     samples: int = 128
     seed: int = 0
+    noisy: float = 0.0
+
+    def told(self) -> dict[str, Any]:
+        """Return what a row depends on; rows are older than ``noisy``, which they had none of."""
+        return {k: v for k, v in asdict(self).items() if k != "noisy" or v}
+
+    def trained(self) -> dict[str, Any]:
+        """Return what the trained flow depends on."""
+        return {k: v for k, v in asdict(self).items() if k not in ("sampling", "samples", "noisy")}
 
 
 @final
@@ -146,8 +155,8 @@ class Experiment:
         for name, make in self.baselines().items():
             self.ledger.row(Row(name, zoo), lambda make=make: self.measured(make()))
         for name, one in rows.items():
-            row = Row(name, {"zoo": zoo, **asdict(one)})
-            self.ledger.row(row, lambda name=name, one=one: self.flow(name, one))
+            row = Row(name, {"zoo": zoo, **one.told()})
+            self.ledger.row(row, lambda one=one: self.flow(one))
 
     def measured(self, ws: Tensor) -> dict[str, Any]:
         """Measure any set of networks."""
@@ -156,12 +165,14 @@ class Experiment:
             **novelty(self.arch, ws[:AUDITED], self.task, self.audit),
         }
 
-    def flow(self, name: str, settings: FlowSettings) -> dict[str, Any]:
+    def flow(self, settings: FlowSettings) -> dict[str, Any]:
         """Train a flow, draw networks, and measure them."""
-        flow, seconds = self.fitted(name, settings)
+        flow, seconds = self.fitted(settings)
         seed = settings.seed + 1000
         start = time.perf_counter()
-        drawn = flow.sample(settings.samples, steps=settings.sampling, seed=seed)
+        drawn = flow.sample(
+            settings.samples, steps=settings.sampling, bridge=settings.noisy, seed=seed
+        )
         sampling = time.perf_counter() - start
         one = flow.sample(settings.samples, steps=1, seed=seed)
         chart = flow.coordinates
@@ -177,8 +188,8 @@ class Experiment:
             "history": flow.history,
         }
 
-    def fitted(self, name: str, settings: FlowSettings) -> tuple[flows.Flow, float]:
-        """Train a flow, or go on with it; return it and the seconds of this call."""
+    def fitted(self, settings: FlowSettings) -> tuple[flows.Flow, float]:
+        """Train a flow, or go on with it; return it and the seconds it has taken, all calls."""
         task, training = self.task, self.training
         chart = None
         if settings.rank is not None:
@@ -201,12 +212,13 @@ class Experiment:
         if settings.alignment is not None:
             recipe = replace(recipe, alignment=settings.alignment)
         flow = flows.Flow(self.arch, recipe, **options)
+        folder = self.ledger.folder / "flows" / _folder(settings)
         start = time.perf_counter()
         flow.fit(
             training if settings.runs is None else training.select(slice(0, settings.runs)),
             inputs=task.x_train,
             validation=self.held_out,
-            folder=self.ledger.folder / "flows" / _folder(name, settings),
+            folder=folder,
             progress=True,
             steps=settings.steps,
             batch_size=settings.batch_size,
@@ -219,7 +231,11 @@ class Experiment:
             log_every=max(1, settings.steps // 40),
             checkpoint_every=max(1, settings.steps // 20),
         )
-        return flow, time.perf_counter() - start
+        clock = folder / "seconds.json"
+        before = json.loads(clock.read_text()) if clock.exists() else 0.0
+        seconds = before + time.perf_counter() - start
+        clock.write_text(json.dumps(seconds))
+        return flow, seconds
 
     def baselines(self) -> dict[str, Callable[[], Tensor]]:
         """Return what needs no flow: noise on copies, middles, averages, independent numbers."""
@@ -235,10 +251,10 @@ class Experiment:
         }
 
 
-def _folder(name: str, settings: FlowSettings) -> str:
-    """Name a folder of checkpoints: of these settings and no others."""
-    told = json.dumps(asdict(settings), sort_keys=True).encode()
-    return "".join(c for c in name if c.isalnum()) + "-" + hashlib.sha256(told).hexdigest()[:8]
+def _folder(settings: FlowSettings) -> str:
+    """Name a folder of checkpoints: of what is trained alike, whatever is drawn from it."""
+    told = json.dumps(settings.trained(), sort_keys=True).encode()
+    return f"{settings.preset}-{hashlib.sha256(told).hexdigest()[:12]}"
 
 
 def reduced(

@@ -9,11 +9,13 @@ import symflow
 
 
 def rows() -> dict[str, FlowSettings]:
-    """Return every flow by its row's name."""
-    return {
-        "Geometric, headline": HEADLINE,
-        "Geometric, headline, path noise 0.05": replace(HEADLINE, bridge=0.05),
-    }
+    """Return every flow by its row's name: drawn along the drift, and with the path's noise."""
+    found: dict[str, FlowSettings] = {}
+    for bridge in (0.15, 0.05):
+        one = replace(HEADLINE, bridge=bridge)
+        name = f"Geometric, path noise {bridge}"
+        found |= {name: one, f"{name}, drawn with it": replace(one, noisy=1.0)}
+    return found
 
 
 if __name__ == "__main__":

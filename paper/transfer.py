@@ -169,7 +169,7 @@ def run(*, fast: bool, only: str = "") -> None:
     flow_settings = cells["Geometric, headline"]
     ledger = Ledger("transfer", fast, only)
     experiment = Experiment("mnist", symflow.zoo.mnist(), zoo, fast=fast)
-    flow, _ = experiment.fitted("Geometric, headline", flow_settings)
+    flow, _ = experiment.fitted(flow_settings)
     plain = "Euclidean, run, behaviour"
     source = flows.Gaussian(zoo.std)
     told = {"steps": flow_settings.steps, "rank": flow_settings.rank, "networks": NETWORKS}
@@ -206,7 +206,7 @@ def run(*, fast: bool, only: str = "") -> None:
         Row("Fashion, guided", told),
         lambda: chosen(
             flow.arch,
-            partial(guided, experiment.fitted(plain, cells[plain])[0]),
+            partial(guided, experiment.fitted(cells[plain])[0]),
             STRENGTHS,
             starts,
         ),

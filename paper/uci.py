@@ -5,7 +5,7 @@ The thesis does not give the batch size of its zoo: 128 is a choice of ours.
 
 from dataclasses import replace
 
-from experiment import FlowSettings, ZooSettings, main
+from experiment import PRESETS, FlowSettings, ZooSettings, main
 
 import symflow
 
@@ -28,10 +28,14 @@ THESIS = {
 def rows() -> dict[str, FlowSettings]:
     """Return every flow by its row's name."""
     found: dict[str, FlowSettings] = {}
-    for preset in ("Euclidean", "Normalized", "Geometric", "Balanced"):
+    for preset in PRESETS:
         found[f"{preset}, run"] = replace(CELL, preset=preset, coupling="run")
         for name, cell in THESIS.items():
             found[f"{preset}, {name}"] = replace(CELL, preset=preset, **cell)
+    for preset in PRESETS:
+        wide = replace(CELL, preset=preset, bridge=0.3, steps=4000)
+        found[f"{preset}, path noise 0.3"] = wide
+        found[f"{preset}, path noise 0.3, drawn with it"] = replace(wide, noisy=1.0)
     for preset in ("Geometric", "Balanced"):
         found[f"{preset}, quotient OT"] = replace(
             CELL, preset=preset, coupling="quotient OT", alignment="none", batch_size=16, steps=1000

@@ -126,8 +126,7 @@ def test_every_vector_field_is_equivariant(cls, extra):
         check_equivariant(field, arch, symmetry=field.symmetry, extra=extra)
 
 
-@pytest.mark.slow  # the smallest example is searched for
-def test_a_field_that_tells_units_apart_fails():
+def test_a_field_that_tells_units_apart_fails(unshrunk):
     """The broken twin of the test above: it knows the unit by its number."""
     arch = symflow.mlp([1, 2, 1])
     numbered = torch.arange(arch.dimension, dtype=torch.float64)
