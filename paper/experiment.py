@@ -21,7 +21,7 @@ from torch import Tensor
 import symflow
 from symflow import flows
 from symflow.arch import InputCoordinates
-from symflow.evaluate import weight_average
+from symflow.evaluate import accuracy, loss, weight_average
 from symflow.zoo import Task, train
 
 PRESETS = {
@@ -36,6 +36,7 @@ COUPLINGS = {
     "OT": flows.MiniBatchOT(),
     "quotient OT": flows.MiniBatchOT(metric="quotient"),
 }
+STEPS = (1, 2, 4, 8, 16, 32, 64)
 AUDITED = 64  # samples that are compared with every training network
 
 
@@ -174,11 +175,10 @@ class Experiment:
             settings.samples, steps=settings.sampling, bridge=settings.noisy, seed=seed
         )
         sampling = time.perf_counter() - start
-        one = flow.sample(settings.samples, steps=1, seed=seed)
         chart = flow.coordinates
         return {
             **self.measured(drawn),
-            "one_step": quality(self.arch, one, self.task)["accuracy"],
+            "by_steps": self.by_steps(flow, settings),
             "parameters": sum(p.numel() for p in flow.field.parameters()),
             # The chart is data, not parameters: counted apart.
             "chart": 0 if chart is None else sum(x.numel() for x in chart.tensors().values()),
@@ -187,6 +187,23 @@ class Experiment:
             "sampling_seconds": sampling,
             "history": flow.history,
         }
+
+    def by_steps(self, flow: flows.Flow, settings: FlowSettings) -> dict[str, Any]:
+        """Return accuracies and losses of samples in few and in many steps; training data too."""
+        found = {}
+        for steps in STEPS:
+            ws = flow.sample(
+                min(settings.samples, AUDITED),
+                steps=steps,
+                bridge=settings.noisy,
+                seed=settings.seed + 1000,
+            )
+            found[str(steps)] = {
+                f"{split} {name}": float(score(self.arch, ws, self.task, split=split).mean())
+                for split in ("train", "test")
+                for name, score in (("accuracy", accuracy), ("loss", loss))
+            }
+        return found
 
     def fitted(self, settings: FlowSettings) -> tuple[flows.Flow, float]:
         """Train a flow, or go on with it; return it and the seconds it has taken, all calls."""

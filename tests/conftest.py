@@ -48,3 +48,14 @@ def unshrunk():
     settings.load_profile("unshrunk")
     yield
     settings.load_profile(active)
+
+
+def pytest_collection_modifyitems(items):
+    """Leave discovered laws out of the measured coverage: tracing doubles the time they take.
+
+    They run the same lines for each of many examples; that a law bites, and so its lines too, is
+    tested beside its broken twin, where coverage is measured.
+    """
+    for item in items:
+        if getattr(item, "originalname", "") == "test_law":
+            item.add_marker(pytest.mark.no_cover)
