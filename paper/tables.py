@@ -88,6 +88,7 @@ THESIS = {
         "Geometric, independent": (0.737, 1.457),
         "trained, held out": (0.933, 0.231),
     },
+    "mnist-large": {},
 }
 
 
@@ -173,6 +174,23 @@ def sizes(*, fast: bool) -> None:
     figure.savefig(GENERATED / "runs.png", dpi=200)
 
 
+def steps(*, fast: bool) -> None:
+    """Draw quality against the steps of sampling, on the data that networks were trained on."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for axes, experiment in zip(figure.subplots(1, 2), ("uci", "mnist-large"), strict=True):
+        for name, found in ledger(experiment, fast=fast).items():
+            if "by_steps" in found and found["by_steps"].keys() and "in 2 steps" not in name:
+                at = [int(k) for k in found["by_steps"]]
+                values = [one["train loss"] for one in found["by_steps"].values()]
+                axes.semilogx(at, values, "o-", label=name, base=2)
+        axes.set(xlabel="steps", ylabel="training loss", title=experiment)
+        if axes.lines:
+            axes.legend(fontsize="x-small")
+    figure.savefig(GENERATED / "steps.png", dpi=200)
+
+
 def _plain(text: str) -> str:
     return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
 
@@ -185,6 +203,7 @@ def run(*, fast: bool = False) -> None:
     parts |= {experiment: flows(experiment, fast=fast) for experiment in THESIS}
     parts |= {"transfer": transfer(fast=fast), "toy": toy(fast=fast)}
     sizes(fast=fast)
+    steps(fast=fast)
     for name, text in parts.items():
         (GENERATED / f"{name}.tex").write_text(text)
     for picture in (RESULTS / "demo").glob("*.png"):

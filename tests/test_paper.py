@@ -1,6 +1,8 @@
 """The paper's experiments: rows are kept, resumed and never mixed up; what is measured is right."""
 
 import json
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import symflow
+from symflow.files import load_tensors
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "paper"))
 import experiment
@@ -100,3 +103,56 @@ def test_tables_hold_every_stored_row(monkeypatch):
     stored.row(Row("Geometric, run", {}), lambda: figures | {"nearest": 1.0, "seconds": 120.0})
     text = tables.flows("mnist", fast=False)
     assert "Geometric, run" in text and "& 0.50 &" in text and "& 2.0 &" in text
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+import experiment, ledger
+import symflow, symflow.files
+ledger.RESULTS = ledger.BUILD = Path(sys.argv[2])
+replace, count, call = os.replace, 0, int(sys.argv[3])
+def deadly(source, target):
+    global count
+    count += 1
+    replace(source, target)
+    if count == call: os.kill(os.getpid(), signal.SIGKILL)
+symflow.files.os.replace = deadly
+zoo = experiment.ZooSettings((30, 4, 2), 12, 4, 2, 64, {"optimizer": "adam", "lr": 0.01})
+flow = experiment.FlowSettings(
+    rank=8, width=8, depth=1, steps=20, batch_size=4, samples=4, sampling=2, inputs=8
+)
+task = symflow.zoo.breast_cancer()
+experiment.Experiment("toy", task, zoo, fast=False).run({"flow": flow})
+"""
+
+
+@pytest.mark.slow  # a new interpreter each time
+def test_killed_with_sigkill_an_experiment_goes_on_and_ends_the_same(tmp_path):
+    """Killed while a flow is trained: the same figures, the same weights."""
+
+    def run(folder, call):
+        command = [sys.executable, "-c", KILLED, str(Path(experiment.__file__).parent)]
+        return subprocess.run(
+            [*command, str(tmp_path / folder), str(call)], capture_output=True, text=True
+        )
+
+    def results(folder):
+        rows = json.loads((tmp_path / folder / "toy.json").read_text())["rows"]
+        timed = ("seconds", "sampling_seconds")
+        figures = {name: row["figures"] for name, row in rows.items()}
+        figures["flow"] = {k: v for k, v in figures["flow"].items() if k not in timed}
+        (file,) = (tmp_path / folder).glob("toy/flows/*/flow.safetensors")
+        return figures, load_tensors(file)[0]
+
+    assert run("whole", 0).returncode == 0
+    assert run("killed", 12).returncode == -signal.SIGKILL
+    step = load_tensors(next((tmp_path / "killed").glob("toy/flows/*/flow.safetensors")))[1]["step"]
+    assert 0 < step < 20
+    assert run("killed", 0).returncode == 0
+    (figures, tensors), (again, resumed) = results("whole"), results("killed")
+    assert figures == again
+    assert all(torch.equal(tensors[name], resumed[name]) for name in tensors)
