@@ -11,11 +11,12 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import torch
 from ledger import Ledger, Row
-from measured import Audit, novelty, quality
+from measured import Audit, divergence, novelty, quality
 from torch import Tensor
 
 import symflow
@@ -37,6 +38,7 @@ COUPLINGS = {
     "quotient OT": flows.MiniBatchOT(metric="quotient"),
 }
 STEPS = (1, 2, 4, 8, 16, 32, 64)
+COMPARED = 2000  # training inputs on which samples are compared with runs
 AUDITED = 64  # samples that are compared with every training network
 
 
@@ -189,20 +191,28 @@ class Experiment:
         }
 
     def by_steps(self, flow: flows.Flow, settings: FlowSettings) -> dict[str, Any]:
-        """Return accuracies and losses of samples in few and in many steps; training data too."""
+        """Return the quality of samples in few and in many steps.
+
+        Beside it, for runs, how far held-out runs' own ends are from samples that start where they
+        did: the divergence of predictions on training inputs. It tells how many steps to take, and
+        needs neither labels nor test data.
+        """
         found = {}
+        starts = self.held_out.initial if settings.coupling == "run" else None
         for steps in STEPS:
-            ws = flow.sample(
-                min(settings.samples, AUDITED),
-                steps=steps,
-                bridge=settings.noisy,
-                seed=settings.seed + 1000,
-            )
+            seed = settings.seed + 1000
+            draw = partial(flow.sample, steps=steps, bridge=settings.noisy, seed=seed)
+            ws = draw(min(settings.samples, AUDITED))
             found[str(steps)] = {
                 f"{split} {name}": float(score(self.arch, ws, self.task, split=split).mean())
                 for split in ("train", "test")
                 for name, score in (("accuracy", accuracy), ("loss", loss))
             }
+            if starts is not None:
+                ends = draw(len(starts), start=starts)
+                found[str(steps)]["divergence"] = divergence(
+                    self.arch, self.held_out.final, ends, self.task.x_train[:COMPARED]
+                )
         return found
 
     def fitted(self, settings: FlowSettings) -> tuple[flows.Flow, float]:

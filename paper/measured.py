@@ -6,6 +6,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import symflow
 from symflow.arch import Architecture, InputCoordinates
@@ -13,6 +14,7 @@ from symflow.evaluate import accuracy, diversity, loss, nearest, probabilities
 from symflow.zoo import Task
 
 BINS = 15
+TINY = 1e-30
 AVERAGED = (1, 2, 4, 8, 16, 32, 64)
 _AT_ONCE = 256  # networks whose predictions are held together
 
@@ -75,6 +77,12 @@ def calibration_error(p: Tensor, y: Tensor) -> float:
     bins = (confidence * BINS).long().clamp_max(BINS - 1)
     gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, right - confidence.double())
     return float(gaps.abs().sum() / len(y))
+
+
+def divergence(arch: Architecture, ws: Tensor, others: Tensor, x: Tensor) -> float:
+    """Return the mean Kullback-Leibler divergence of predictions from others', in nats."""
+    p, q = (probabilities(arch, w.float(), x).double().clamp_min(TINY).log() for w in (ws, others))
+    return float(F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean())
 
 
 def quality(arch: Architecture, ws: Tensor, task: Task) -> dict[str, Any]:
