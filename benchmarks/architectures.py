@@ -48,8 +48,8 @@ KINDS = {
     "unused": "weights that no output depends on here: units that are off, words not drawn",
     "alone": "directions of one leaf that nothing shows: it reads few inputs, or what a norm has "
     "centred, or writes what a norm subtracts",
-    "bias": "directions of a weight that shift all outputs alike, and its bias: it reads what a norm "
-    "has centred",
+    "bias": "directions of a weight that add a constant, and its bias: it reads what a norm has "
+    "centred",
     "norm": "in evaluation mode BatchNorm is an affine map: what is before it can be scaled and "
     "shifted against it",
     "translation": "biases, embeddings and shifts that add up, also through a linear map; biases "

@@ -2,7 +2,9 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -14,7 +16,7 @@ from symflow.errors import ShapeError, StateError, SymflowWarning
 from symflow.files import digest, load_tensors, require_same, save_tensors
 from symflow.flows.condition import Conditioned
 from symflow.flows.coupling import MiniBatchOT, Reordering
-from symflow.flows.descent import Descent
+from symflow.flows.descent import Descent, Processes
 from symflow.flows.path import interpolate, velocity_to
 from symflow.flows.settings import FitSettings
 from symflow.nn import ConditionalField, RelationalTransformer, VectorField
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _UNIT_PAIRS = 256
 _VALIDATION_DRAWS = 256
+_ALL = slice(None)
 
 
 @final
@@ -41,6 +44,7 @@ class Trainer:
         validation: tuple[Tensor | None, Tensor] | None,
         conditions: Tensor | None = None,
         dropout: float = 0.0,
+        processes: Processes | None = None,
     ) -> None:
         if settings.behaviour > 0 and inputs is None:
             raise StateError(
@@ -57,8 +61,15 @@ class Trainer:
                 f"the field ({type(flow.field).__name__}) has no parameters that are trained: give "
                 "the flow a field with some, or call field.requires_grad_(True)"
             )
+        if processes is not None and settings.batch_size % processes.world_size:
+            raise ShapeError(
+                f"batch_size = {settings.batch_size} cannot be shared by {processes.world_size} "
+                "processes: choose a multiple"
+            )
         self.flow = flow
         self.settings = settings
+        self.processes = processes
+        self.first = processes is None or processes.global_rank == 0
         self.inputs: Tensor | None = None
         if inputs is not None and (settings.behaviour > 0 or _probes(flow.field) is not None):
             self.inputs = _network_inputs(flow, inputs, ends)
@@ -85,7 +96,7 @@ class Trainer:
         flow.field.standardise(torch.cat([x0, x1]))
         self._look()
         flow.unit = _leaf_rms(flow, x1 - x0)
-        self.descent = Descent(flow.field, flow.average, settings, "the flow")
+        self.descent = Descent(flow.field, flow.average, settings, "the flow", processes)
         flow.average.load_state_dict(flow.field.state_dict())
         flow.history = []
         self.step = 0
@@ -102,7 +113,8 @@ class Trainer:
         bar = tqdm(
             total=self.settings.steps,
             initial=self.step,
-            disable=None if progress else True,  # None: where the output is no terminal
+            # None: where the output is no terminal.
+            disable=None if progress and self.first else True,
             desc=f"flow ({self.flow.recipe.section})",
         )
         with bar:
@@ -115,8 +127,11 @@ class Trainer:
                     self.flow.history.append(record)
                     self._keep(record, last=last)
                     bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k != "step"})
-                if file is not None and (last or self.step % self.settings.checkpoint_every == 0):
+                due = last or self.step % self.settings.checkpoint_every == 0
+                if file is not None and due and self.first:
                     self._save(file)
+        if self.processes is not None:
+            self.processes.barrier()  # nobody goes on before the file is whole
 
     # ---------------------------------------------------------------- one step
 
@@ -124,7 +139,10 @@ class Trainer:
         flow = self.flow
         generator = self._generator(self.step)
         size = self.settings.batch_size
-        loss = self._loss(generator, self.starts, self.ends, size, flow.field, self.conditions)
+        share = self._share(size)
+        loss = self._loss(
+            generator, self.starts, self.ends, size, flow.field, self.conditions, share
+        )
         value = self.descent.step(loss, self.step)
         self.step += 1
         return value
@@ -137,14 +155,19 @@ class Trainer:
         size: int,
         field: Any,
         conditions: Tensor | None = None,
+        share: slice = _ALL,
     ) -> Tensor:
+        """Return the loss of a batch, or of this process' share of one that all draw alike."""
         flow = self.flow
         x0, x1, rows = self._pairs(generator, starts, ends, size)
         t = flow.recipe.time.sample(len(x1), generator=generator).to(x1)
         x = interpolate(flow.space, flow.recipe.path, x0, x1, t, flow.unit, generator)
         if conditions is not None:
             keep = torch.rand(len(rows), generator=generator) >= self.dropout
-            field = Conditioned(field, conditions[rows], keep)
+            field = Conditioned(field, conditions[rows[share]], keep[share])
+        x, x1, t = x[share], x1[share], t[share]
+        if self.settings.precision == "bfloat16":
+            field = partial(_in_half, field)
         if flow.recipe.predicts == "velocity":
             error = flow.space.proju(x, field(x, t)) - velocity_to(flow.space, x, x1, t)
             end = flow.predict(field, x, t) if self.settings.behaviour > 0 else x1
@@ -248,6 +271,13 @@ class Trainer:
         small = isinstance(self.flow.recipe.coupling, MiniBatchOT)
         return min(draws, self.settings.batch_size) if small else draws
 
+    def _share(self, size: int) -> slice:
+        """Return the rows of a batch that are this process'."""
+        if self.processes is None:
+            return _ALL
+        rows = size // self.processes.world_size
+        return slice(self.processes.global_rank * rows, (self.processes.global_rank + 1) * rows)
+
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.settings.seed + 1) * 1_000_003 + step)
 
@@ -301,6 +331,12 @@ class Trainer:
         self.best = {k.removeprefix("best."): v for k, v in tensors.items() if k[:5] == "best."}
         self.best_loss = float(meta.get("best", math.inf))
         self.step = int(meta["step"])
+
+
+def _in_half(field: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
+    """Evaluate a field with matrix products in bfloat16."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return field(x, t).to(x)
 
 
 def _probes(field: VectorField) -> Probes | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from symflow.errors import FileFormatError, StateError
 from symflow.files import digest, save_tensors
 from symflow.flows.condition import conditions_for, count_of
+from symflow.flows.descent import Processes
 from symflow.flows.distil import distil
 from symflow.flows.fit import Trainer
 from symflow.flows.require import networks, number, structure, whole
@@ -91,6 +92,7 @@ class Flow(Sampler):
         validation: "WeightZoo | Tensor | Sequence[Any] | None" = None,
         conditions: Tensor | Sequence[Any] | None = None,
         condition_dropout: float = 0.1,
+        fabric: Processes | None = None,
         **settings: Any,
     ) -> "Flow":
         """Train the flow by regression on the end (or velocity) of random paths.
@@ -116,6 +118,11 @@ class Flow(Sampler):
         condition_dropout
             With which probability the flow is not told, so that it learns all networks as well
             (what classifier-free guidance goes away from).
+        fabric
+            A launched ``lightning_fabric.Fabric`` where several processes (``torchrun``) train the
+            flow together. Each calls ``fit`` with the same arguments; all draw the same batch, take
+            their share of it, and average their gradients: the result is that of one process, up to
+            the order of sums. The first one writes checkpoints.
         **settings
             Fields of :class:`~symflow.flows.FitSettings`: steps, batch_size, lr, behaviour, ...
 
@@ -146,7 +153,7 @@ class Flow(Sampler):
             )
         dropout = number("condition_dropout", condition_dropout, below=1.0)
         held_out = None if validation is None else networks(self.arch, validation, "validation")
-        trainer = Trainer(self, chosen, starts, ends, inputs, held_out, told, dropout)
+        trainer = Trainer(self, chosen, starts, ends, inputs, held_out, told, dropout, fabric)
         trainer.run(None if folder is None else FilePath(folder), progress)
         return self
 

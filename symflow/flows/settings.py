@@ -15,6 +15,7 @@ _CHOICES = {
     "optimizer": ("adam", "adamw", "muon"),
     "schedule": ("cosine", "constant"),
     "keep": ("last", "best"),
+    "precision": ("float32", "bfloat16"),
 }
 
 
@@ -42,6 +43,9 @@ class FitSettings:
         Weight of the behaviour loss, the mean KL divergence between the predictions of the true end
         and of the predicted one on so many random inputs. Errors that change the function count,
         others do not.
+    precision
+        ``"bfloat16"``: the field's matrix products are in half precision (parameters, states and
+        losses are not); faster where the processor has such products.
     seed
         Of everything random. Each step has its own generator, so that a resumed run draws the same.
     checkpoint_every, log_every
@@ -70,6 +74,7 @@ class FitSettings:
     keep: str = "last"
     behaviour: float = 0.0
     behaviour_inputs: int = 128
+    precision: str = "float32"
     seed: int = 0
     checkpoint_every: int = 1000
     log_every: int = 100

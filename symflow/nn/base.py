@@ -80,6 +80,59 @@ class VectorField(nn.Module, ABC):
         leaf_of.append(torch.arange(extra) + len(arch.leaves))
         self.register_buffer("_leaf_of", torch.cat(leaf_of), persistent=False)
 
+    def training_bytes(self, batch_size: int) -> int:
+        """Return about how much memory one step of training takes, before it is run.
+
+        What is kept for the way back is counted on batches of one and of two networks, and grows in
+        proportion; parameters are counted five times (gradient, running average, two moments). Not
+        counted are temporary buffers, such as the largest product, and a behaviour loss.
+
+        Parameters
+        ----------
+        batch_size
+            Networks in a batch.
+
+        Returns
+        -------
+        int
+            Bytes.
+
+        Raises
+        ------
+        ShapeError
+            If ``batch_size`` is not positive.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> field = symflow.nn.RelationalTransformer(symflow.mlp([30, 16, 16, 2]), width=16)
+        >>> small, large = field.training_bytes(32), field.training_bytes(64)
+        >>> 1.5 < large / small < 2
+        True
+        """
+        if batch_size < 1:
+            raise ShapeError(f"batch_size must be at least 1, got {batch_size}")
+        one, two = (self._kept(n) for n in (1, 2))
+        own = sum(p.numel() * p.element_size() for p in self.parameters())
+        return 5 * own + max(0, one + (batch_size - 1) * (two - one))
+
+    def _kept(self, n: int) -> int:
+        """Return how many bytes are kept for the way back from n networks."""
+        known = {p.untyped_storage().data_ptr() for p in (*self.parameters(), *self.buffers())}
+        kept: dict[int, int] = {}
+
+        def count(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        x = self.shift.expand(n, -1).clone()
+        t = torch.full((n,), 0.5).to(x)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            self(x, t)
+        return sum(kept.values())
+
     @abstractmethod
     def forward(
         self, x: Float[Tensor, "B size"], t: Float[Tensor, " B"]

@@ -47,6 +47,9 @@ class RelationalTransformer(ConditionalField):
         :meth:`look_at`; a flow takes them from the inputs it is fitted with), and of gradients.
     conditions
         How many numbers the default layout may be told about each network, beside the time.
+    recompute
+        Whether the inside of each layer of the default layout is computed again on the way back,
+        instead of being kept: memory of one layer, a third more time, the same gradients.
     extra
         Further coordinates behind the weights, such as a log-temperature.
     residual
@@ -92,6 +95,7 @@ class RelationalTransformer(ConditionalField):
         probes: int = 0,
         probe_kinds: int = 2,
         conditions: int = 0,
+        recompute: bool = False,
         extra: int = 0,
         residual: bool = True,
         groups: str | None = None,
@@ -115,6 +119,8 @@ class RelationalTransformer(ConditionalField):
                 "conditions must be a number of them, 0 or more, and 0 with nodes='all', got "
                 f"{conditions} with nodes={nodes!r}"
             )
+        if recompute and nodes == "all":
+            raise ShapeError("recompute is for nodes='symmetric', got nodes='all'")
         if conditions:  # no attribute without: files know fields by what they have
             self.conditions = conditions
         self.residual = residual
@@ -127,7 +133,16 @@ class RelationalTransformer(ConditionalField):
                 seen = probe_kinds if probes else 0
                 more = seen * len(arch.leaves)
                 self.network = TokenNetwork(
-                    self.layout, width, depth, heads, edge_width, time_width, seen, more, conditions
+                    self.layout,
+                    width,
+                    depth,
+                    heads,
+                    edge_width,
+                    time_width,
+                    seen,
+                    more,
+                    conditions,
+                    recompute,
                 )
                 self.clock = TimeFeatures(time_width) if probes else None
                 self.gains = nn.Linear(time_width, more) if probes else None

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from symflow.nn.layout import Layout, Parts
 from symflow.numerics import tolerance
@@ -182,9 +183,11 @@ class TokenNetwork(nn.Module):
         seen: int = 0,
         more: int = 0,
         conditions: int = 0,
+        recompute: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.layout = layout
+        self.recompute = recompute
         self.time = TimeFeatures(time_width)
         times = 1 + seen
         self.whole_in = nn.Linear(times * layout.features + more, width)
@@ -226,7 +229,10 @@ class TokenNetwork(nn.Module):
         ]
         h = torch.cat(tokens, dim=1)
         for layer in self.layers:
-            h, edges = layer(h, edges, time)
+            if self.recompute and torch.is_grad_enabled():
+                h, edges = checkpoint(layer, h, edges, time, use_reentrant=False)
+            else:
+                h, edges = layer(h, edges, time)
         first, *units = self.norm(h).split([1, *(b.size for b in self.layout.nodes)], dim=1)
         return Parts(
             self.whole_out(first[:, 0]),
