@@ -20,6 +20,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 from torch.func import jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from symflow.arch import Architecture
 from symflow.arch.running import tensors_of
@@ -56,6 +57,8 @@ KINDS = {
     "of keys, which a softmax does not see",
     "uniform": "one scale of all units at once, from one leaf to the next",
     "centring": "a constant added to all units that a norm centres, with what adds up to it",
+    "rotation": "a linear map of the units that a norm sees together, in each leaf by itself: norms of "
+    "a stream commute with its rotations (about the mean), gains aside, as arch.fold_gains has it",
     "products": "a matrix beside, or behind, a product of two: within the leaves of these",
 }
 
@@ -140,7 +143,8 @@ def explained(
     arch: Architecture, w: Tensor, entry: Entry, generator: torch.Generator
 ) -> tuple[int, dict[str, int]]:
     """Return the nullity of the Jacobian, and how much of its excess each kind explains."""
-    with warnings.catch_warnings():
+    # The fused attention has no rule for many rows at once: they would be taken one by one.
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")
         slope = jacobian(arch, w, entry, generator)
     slope = torch.linalg.qr(slope, mode="r").R  # the same null space, of a third of the rows
@@ -282,8 +286,32 @@ def spans(arch: Architecture, entry: Entry, w: Tensor, slope: Tensor) -> dict[st
         "translation": flat,
         "uniform": whole,
         "centring": torch.cat([flat, *constants]),
+        "rotation": torch.cat([eye[:0], *rotations(arch, w)]),
         "products": torch.cat([eye[:0], *products]),
     }
+
+
+def rotations(arch: Architecture, w: Tensor) -> list[Tensor]:
+    """Return what moves one unit of a normalised axis towards another, in one leaf at a time."""
+    count, found = arch.num_parameters, []
+    normed = {
+        dim.axis
+        for leaf in arch.leaves
+        for dim in leaf.dims
+        if "Norm" in type(arch.module.get_submodule(leaf.key.rpartition(".")[0])).__name__
+    }
+    for leaf in arch.leaves:
+        places = torch.arange(leaf.size).reshape(leaf.shape) + leaf.offset
+        for k, dim in enumerate(leaf.dims):
+            if not leaf.learnable or dim.axis is None or dim.axis not in normed:
+                continue
+            rest = places.movedim(k, 0).reshape(leaf.shape[k], -1)
+            n = len(rest)
+            direction = torch.zeros(n, n, count, dtype=torch.float64)
+            here = rest[:, None].expand(n, n, -1)
+            direction.scatter_(2, here, w[rest][None].expand(n, n, -1))
+            found.append(direction.flatten(0, 1))
+    return found
 
 
 def _is_table(arch: Architecture, key: str) -> bool:

@@ -52,28 +52,41 @@ class Case:
     least: float
     per_sample: bool
     rounds: int
+    field: dict[str, int]
 
 
 CASES = {
-    "breast-cancer": Case((30, 16, 16, 2), 30, 32, 100, per_sample=False, rounds=3),
-    "mnist": Case((784, 10, 10), 128, 64, 3000, per_sample=True, rounds=2),
+    "breast-cancer": Case(
+        (30, 16, 16, 2),
+        30,
+        32,
+        100,
+        per_sample=False,
+        rounds=3,
+        field={"depth": 1, "edge_width": 8},
+    ),
+    "mnist": Case((784, 10, 10), 128, 64, 3000, per_sample=True, rounds=2, field={}),
 }
 
 
-def flow_of(widths: tuple[int, ...], rank: int) -> tuple[symflow.flows.Flow, torch.Tensor]:
+def flow_of(
+    widths: tuple[int, ...], rank: int, **field: int
+) -> tuple[symflow.flows.Flow, torch.Tensor]:
     """Make a flow of the paper's kind on inputs of the task's shape."""
     generator = torch.Generator().manual_seed(SEED)
     arch = symflow.mlp(list(widths))
     x = torch.randn(2000, widths[0], generator=generator)
     chart = InputCoordinates.of_inputs(arch, x, rank=rank)
-    flow = symflow.flows.geometric(arch, coordinates=chart, bridge=0.15, time_width=16, seed=SEED)
+    flow = symflow.flows.geometric(
+        arch, coordinates=chart, bridge=0.15, time_width=16, seed=SEED, **field
+    )
     return flow, x
 
 
 def measure(name: str) -> dict[str, Any]:
     """Seconds of a training step, and the memory beyond that before the first."""
     case = CASES[name]
-    flow, x = flow_of(case.widths, case.rank)
+    flow, x = flow_of(case.widths, case.rank, **case.field)
     generator = torch.Generator().manual_seed(SEED)
     starts = Gaussian(0.1).sample(flow.arch, 256, generator=generator)
     zoo = SimpleNamespace(initial=starts, final=starts + 0.05)
@@ -152,7 +165,7 @@ def steps(name: str) -> list[dict[str, Any]]:
 def sampling() -> dict[str, Any]:
     """Time drawing networks."""
     case = CASES["mnist"]
-    flow, x = flow_of(case.widths, case.rank)
+    flow, x = flow_of(case.widths, case.rank, **case.field)
     starts = Gaussian(0.1).sample(flow.arch, 64, generator=torch.Generator().manual_seed(SEED))
     flow.fit(SimpleNamespace(initial=starts, final=starts + 0.05), inputs=x, steps=2)
     seconds = record.timed(lambda: flow.sample(SAMPLED, steps=SAMPLING_STEPS, seed=SEED), 5)

@@ -4,6 +4,7 @@ from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from symflow.errors import StateError
 from symflow.flows.settings import FitSettings
@@ -93,10 +94,8 @@ class Descent:
             optimizer.step()
         # Early averages would be dominated by the untrained network.
         decay = min(self.settings.ema, (2 + k) / (11 + k))
-        with torch.no_grad():
-            averages, values = list(self.average.parameters()), list(self.field.parameters())
-            for average, value in zip(averages, values, strict=True):
-                average.lerp_(value, 1 - decay)
+        follow = get_ema_multi_avg_fn(decay)
+        follow(list(self.average.parameters()), list(self.field.parameters()), k)
         return float(found)
 
     def _averaged(self, loss: Tensor) -> Tensor:
