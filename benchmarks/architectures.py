@@ -57,7 +57,7 @@ KINDS = {
     "of keys, which a softmax does not see",
     "uniform": "one scale of all units at once, from one leaf to the next",
     "centring": "a constant added to all units that a norm centres, with what adds up to it",
-    "rotation": "a linear map of the units that a norm sees together, in each leaf by itself: norms "
+    "rotation": "a linear map of the units that a norm sees, in each leaf by itself: norms "
     "commute with rotations of a stream (about its mean), gains aside, as in arch.fold_gains",
     "products": "a matrix beside, or behind, a product of two: within the leaves of these",
 }
