@@ -73,6 +73,22 @@ class ZooSettings:
 
 @final
 @dataclass(frozen=True)
+class Finish:
+    """A second stage of training, from the first one's running average.
+
+    The behaviour loss is least where logits are as small as the blurred predictions of early times
+    are sure: with much of it networks are good, and less apart than they should be. The last steps
+    have less.
+    """
+
+    steps: int
+    lr: float
+    behaviour: float
+    bridge: float
+
+
+@final
+@dataclass(frozen=True)
 class FlowSettings:
     """One flow.
 
@@ -93,6 +109,8 @@ class FlowSettings:
         Euler steps, networks drawn, and how much of the path noise is added while they are.
     seed
         Of the field, its training and its samples.
+    finish
+        A second stage of training, or none.
     """
 
     preset: str = "Geometric"
@@ -115,14 +133,15 @@ class FlowSettings:
     samples: int = 128
     seed: int = 0
     noisy: float = 0.0
+    finish: Finish | None = None
 
     def told(self) -> dict[str, Any]:
-        """Return what a row depends on; rows are older than ``noisy``, which they had none of."""
-        return {k: v for k, v in asdict(self).items() if k != "noisy" or v}
+        """Return what a row depends on; the first ones are older than the last two settings."""
+        return {k: v for k, v in asdict(self).items() if k not in ("noisy", "finish") or v}
 
     def trained(self) -> dict[str, Any]:
         """Return what the trained flow depends on."""
-        return {k: v for k, v in asdict(self).items() if k not in ("sampling", "samples", "noisy")}
+        return {k: v for k, v in self.told().items() if k not in ("sampling", "samples", "noisy")}
 
 
 @final
@@ -217,18 +236,20 @@ class Experiment:
 
     def fitted(self, settings: FlowSettings) -> tuple[flows.Flow, float]:
         """Train a flow, or go on with it; return it and the seconds it has taken, all calls."""
-        task, training = self.task, self.training
+        if settings.finish is None:
+            return self._trained(self._untrained(settings), settings, settings)
+        end = settings.finish
+        first, before = self.fitted(replace(settings, finish=None))
+        flow = self._untrained(replace(settings, bridge=end.bridge))
+        flow.field.load_state_dict(first.average.state_dict())
+        stage = replace(settings, steps=end.steps, lr=end.lr, behaviour=end.behaviour)
+        flow, seconds = self._trained(flow, replace(stage, seed=settings.seed + 1), settings)
+        return flow, before + seconds
+
+    def _untrained(self, settings: FlowSettings) -> flows.Flow:
         chart = None
         if settings.rank is not None:
-            chart = InputCoordinates.of_inputs(self.arch, task.x_train, rank=settings.rank)
-        options = {
-            "coordinates": chart,
-            "width": settings.width,
-            "depth": settings.depth,
-            "time_width": settings.time_width,
-            "edge_width": settings.edge_width,
-            "seed": settings.seed,
-        }
+            chart = InputCoordinates.of_inputs(self.arch, self.task.x_train, rank=settings.rank)
         make = PRESETS[settings.preset]
         recipe = make(
             self.arch,
@@ -238,25 +259,40 @@ class Experiment:
         ).recipe
         if settings.alignment is not None:
             recipe = replace(recipe, alignment=settings.alignment)
-        flow = flows.Flow(self.arch, recipe, **options)
-        folder = self.ledger.folder / "flows" / _folder(settings)
+        return flows.Flow(
+            self.arch,
+            recipe,
+            coordinates=chart,
+            width=settings.width,
+            depth=settings.depth,
+            time_width=settings.time_width,
+            edge_width=settings.edge_width,
+            seed=settings.seed,
+        )
+
+    def _trained(
+        self, flow: flows.Flow, stage: FlowSettings, whole: FlowSettings
+    ) -> tuple[flows.Flow, float]:
+        """Train one stage, in a folder of the whole training."""
+        folder = self.ledger.folder / "flows" / _folder(whole)
+        training, runs = self.training, stage.runs
         start = time.perf_counter()
         flow.fit(
-            training if settings.runs is None else training.select(slice(0, settings.runs)),
-            inputs=task.x_train,
+            training if runs is None else training.select(slice(0, runs)),
+            inputs=self.task.x_train,
             validation=self.held_out,
             folder=folder,
             progress=True,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
+            steps=stage.steps,
+            batch_size=stage.batch_size,
             optimizer="muon",
-            lr=settings.lr,
-            ema=settings.ema,
-            behaviour=settings.behaviour,
-            behaviour_inputs=settings.inputs,
-            seed=settings.seed,
-            log_every=max(1, settings.steps // 40),
-            checkpoint_every=max(1, settings.steps // 20),
+            lr=stage.lr,
+            ema=stage.ema,
+            behaviour=stage.behaviour,
+            behaviour_inputs=stage.inputs,
+            seed=stage.seed,
+            log_every=max(1, stage.steps // 40),
+            checkpoint_every=max(1, stage.steps // 20),
         )
         clock = folder / "seconds.json"
         before = json.loads(clock.read_text()) if clock.exists() else 0.0
@@ -290,7 +326,12 @@ def reduced(
     """Make everything small: to try the machinery, not for results."""
     small = {"steps": 20, "samples": 8, "sampling": 4, "batch_size": 8}
     return replace(zoo, runs=96, held_out=16, epochs=min(zoo.epochs, 2)), {
-        name: replace(one, **small, runs=one.runs and min(one.runs, 48))
+        name: replace(
+            one,
+            **small,
+            runs=one.runs and min(one.runs, 48),
+            finish=one.finish and replace(one.finish, steps=20),
+        )
         for name, one in rows.items()
     }
 

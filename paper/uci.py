@@ -37,8 +37,9 @@ def rows() -> dict[str, FlowSettings]:
         found[f"{preset}, path noise 0.3"] = wide
         # In two steps samples end nearest to where runs did from the same starts (by_steps).
         found[f"{preset}, path noise 0.3, in 2 steps"] = replace(wide, sampling=2)
-        light = replace(wide, depth=1, edge_width=8, sampling=2)
-        found[f"{preset}, one layer, in 2 steps"] = light
+        light = replace(wide, depth=1, edge_width=8, steps=8000)
+        found[f"{preset}, one layer"] = light
+        found[f"{preset}, one layer, in 2 steps"] = replace(light, sampling=2)
     for preset in ("Geometric", "Balanced"):
         found[f"{preset}, quotient OT"] = replace(
             CELL, preset=preset, coupling="quotient OT", alignment="none", batch_size=16, steps=1000

@@ -86,6 +86,12 @@ def test_an_experiment_runs_resumes_and_knows_copies():
     again = experiment.Experiment("toy", task, zoo, fast=False)
     again.run({"flow": settings})
     assert again.ledger.rows["flow"] == json.loads(json.dumps(found.ledger.rows["flow"]))
+    # A second stage goes on from the first one's, which is not trained again.
+    end = experiment.Finish(steps=2, lr=0.01, behaviour=0.0, bridge=0.05)
+    first, before = again.fitted(settings)
+    last, seconds = again.fitted(replace(settings, finish=end))
+    assert [h["step"] for h in first.history][-1] == 4 and last.history[-1]["step"] == 2
+    assert last.recipe.path.bridge == 0.05 and seconds > before > 0
     known = found.training.final
     element = found.arch.symmetry.random(generator=torch.Generator().manual_seed(0), like=known)
     for ws in (known, found.arch.symmetry.act(element, known)):

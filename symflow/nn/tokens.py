@@ -172,6 +172,8 @@ class TokenNetwork(nn.Module):
     them has a state.
     """
 
+    recompute: bool = False
+
     def __init__(
         self,
         layout: Layout,
@@ -187,7 +189,8 @@ class TokenNetwork(nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         self.layout = layout
-        self.recompute = recompute
+        if recompute:  # no attribute without: files know fields by what they have
+            self.recompute = True
         self.time = TimeFeatures(time_width)
         times = 1 + seen
         self.whole_in = nn.Linear(times * layout.features + more, width)
