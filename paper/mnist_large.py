@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from experiment import FlowSettings, main
+from experiment import Finish, FlowSettings, main
 from mnist import HEADLINE, ZOO
 
 import symflow
@@ -15,6 +15,11 @@ def rows() -> dict[str, FlowSettings]:
         one = replace(HEADLINE, bridge=bridge)
         name = f"Geometric, path noise {bridge}"
         found |= {name: one, f"{name}, drawn with it": replace(one, noisy=1.0)}
+    # As far apart as trained networks are.
+    end = Finish(steps=1500, lr=0.003, behaviour=1.0, bridge=0.15)
+    apart = replace(HEADLINE, finish=end, noisy=1.0)
+    found["Geometric, finished with less behaviour loss"] = apart
+    found["Geometric, finished with less behaviour loss, in 8 steps"] = replace(apart, sampling=8)
     return found
 
 
