@@ -321,7 +321,7 @@ def _is_table(arch: Architecture, key: str) -> bool:
 
 def run() -> None:
     """Measure and store everything."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two of them wait for each other where the machine is shared
     rows: list[dict[str, Any]] = []
     names = sys.argv[1:]  # to look at some of them; nothing is stored then
     for entry in CATALOGUE:
