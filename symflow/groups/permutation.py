@@ -122,10 +122,10 @@ def assignment(c: Float[Tensor, "*batch n m"]) -> Int[Tensor, "*batch n"]:
     """Choose for each row another column, with the greatest sum (``n <= m``).
 
     Square matrices go to lapx where it is installed (``pip install symflow[fast]``): Jonker and
-    Volgenant's method (1987), which takes a third of the time of SciPy's ``linear_sum_assignment``
-    (Crouse, 2016) and runs over a batch in as many threads as PyTorch has. SciPy takes the rest,
-    one matrix after the other, and holds the interpreter lock. Both are exact; where several
-    assignments are the best they may choose different ones.
+    Volgenant's method (1987), faster than SciPy's ``linear_sum_assignment`` (Crouse, 2016), over a
+    batch in as many threads as PyTorch has. SciPy takes the rest, one matrix after the other, and
+    holds the interpreter lock. Both are exact; where several assignments are the best they may
+    choose different ones.
 
     Raises
     ------
