@@ -175,17 +175,17 @@ def sizes(*, fast: bool) -> None:
 
 
 def steps(*, fast: bool) -> None:
-    """Draw quality against the steps of sampling, on the data that networks were trained on."""
+    """Draw how far samples are from where held-out runs ended, against the steps of sampling."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     for axes, experiment in zip(figure.subplots(1, 2), ("uci", "mnist-large"), strict=True):
         for name, found in ledger(experiment, fast=fast).items():
-            if "by_steps" in found and found["by_steps"].keys() and "in 2 steps" not in name:
-                at = [int(k) for k in found["by_steps"]]
-                values = [one["train loss"] for one in found["by_steps"].values()]
+            told = {int(k): one.get("divergence") for k, one in found.get("by_steps", {}).items()}
+            if None not in told.values() and told and not name.endswith(" steps"):
+                at, values = zip(*told.items(), strict=True)
                 axes.semilogx(at, values, "o-", label=name, base=2)
-        axes.set(xlabel="steps", ylabel="training loss", title=experiment)
+        axes.set(xlabel="steps", ylabel="divergence from own ends (nats)", title=experiment)
         if axes.lines:
             axes.legend(fontsize="x-small")
     figure.savefig(GENERATED / "steps.png", dpi=200)

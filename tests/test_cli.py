@@ -74,9 +74,9 @@ def facts(out: str) -> dict[str, str]:
     return {row[0]: row[1] for row in rows if len(row) == 2}
 
 
-def shown(x: object) -> object:
+def shown(x: float) -> object:
     """A number as it is printed, with six digits."""
-    return pytest.approx(float(x), rel=1e-5, abs=1e-12)  # type: ignore[arg-type]
+    return pytest.approx(float(x), rel=1e-5, abs=1e-12)
 
 
 @pytest.fixture

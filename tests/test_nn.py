@@ -66,7 +66,10 @@ def layered(arch, **options):
 def moves(field, x, t, g):
     """Largest difference between moving before and after the field."""
     d = field.arch.dimension
-    act = lambda v: torch.cat([field.symmetry.act(g, v[:, :d]), v[:, d:]], dim=-1)  # noqa: E731
+
+    def act(v):
+        return torch.cat([field.symmetry.act(g, v[:, :d]), v[:, d:]], dim=-1)
+
     with torch.no_grad():
         out = field(x, t)
         return float((field(act(x), t) - act(out)).abs().max() / out.abs().max())

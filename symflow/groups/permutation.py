@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from symflow.errors import ShapeError
 from symflow.groups.base import CompactGroup, along
 
 Index = Int[Tensor, "*#batch n"]
@@ -129,7 +130,7 @@ def assignment(c: Float[Tensor, "*batch n m"]) -> Int[Tensor, "*batch n"]:
 
     Raises
     ------
-    ValueError
+    ShapeError
         If an entry is NaN or infinite.
 
     Examples
@@ -141,7 +142,11 @@ def assignment(c: Float[Tensor, "*batch n m"]) -> Int[Tensor, "*batch n"]:
     matrices = c.detach().to("cpu").reshape(-1, n, m)
     # The sum tells, but where it overflows.
     if not (math.isfinite(float(matrices.sum())) or bool(matrices.isfinite().all())):
-        raise ValueError("an assignment needs finite numbers, got NaN or infinite ones")
+        bad = int((~matrices.isfinite()).sum())
+        raise ShapeError(
+            f"c must be finite, got {bad} NaN or infinite entries of {matrices.numel()}: leave out "
+            "the networks they come from, as zoo.finite() does"
+        )
     columns = (_by_lapx if n == m and has_lapx() else _by_scipy)(matrices)
     found = columns[0] if len(columns) == 1 else np.stack(columns or [np.zeros((0, n))])
     return torch.from_numpy(found.astype(np.int64)).reshape(c.shape[:-1]).to(c.device)

@@ -120,7 +120,9 @@ class RelationalTransformer(ConditionalField):
                 f"{conditions} with nodes={nodes!r}"
             )
         if recompute and nodes == "all":
-            raise ShapeError("recompute is for nodes='symmetric', got nodes='all'")
+            raise ShapeError(
+                "recompute is for nodes='symmetric', got nodes='all': leave one of them out"
+            )
         if conditions:  # no attribute without: files know fields by what they have
             self.conditions = conditions
         self.residual = residual
