@@ -188,7 +188,7 @@ def steps(*, fast: bool) -> None:
         axes.set(xlabel="steps", ylabel="divergence from own ends (nats)", title=experiment)
         if axes.lines:
             axes.legend(fontsize="x-small")
-    figure.savefig(GENERATED / "steps.png", dpi=200)
+    figure.savefig(GENERATED / "own_ends.png", dpi=200)
 
 
 def _plain(text: str) -> str:
