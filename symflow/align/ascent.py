@@ -4,6 +4,7 @@ The same ascent as with :class:`symflow.align.costs.Contraction`, for one pair o
 symmetry met most often. For many pairs together it is no faster: there solving takes the time.
 """
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from symflow.align.base import Found, Status, objective
-from symflow.align.stacks import Layout
+from symflow.align.stacks import Layout, Rows
 from symflow.arch import Symmetry
 from symflow.groups import Permutation
 from symflow.numerics import tolerance
@@ -40,37 +41,37 @@ class Ascent:
     ) -> None:
         self.symmetry, self.layout, self.max_sweeps = symmetry, layout, max_sweeps
         self.w0, self.w1 = w0, w1
-        left, right = (w[0].index_select(0, layout.index) for w in (w0, w1))
+        left, right = (
+            w[0].index_select(0, layout.index).split_with_sizes(layout.sizes) for w in (w0, w1)
+        )
         # Rows of w0 and w1, those that no other axis moves and the others; products of the first.
-        self._free: list[tuple[Tensor, Tensor]] = []
-        self._others: list[tuple[Tensor, Tensor]] = []
-        self._fixed: list[Tensor] = []
-        for s in layout.stacks:
-            x, y = (w[s.entries].view(s.rows, s.group.size) for w in (left, right))
-            free = sum(s.widths)
-            self._free.append((x[:free], y[:free]))
-            self._others.append((x[free:], y[free:]))
-            self._fixed.append(x[:free].T @ y[:free])
+        pieces = [
+            (x.view(-1, n), y.view(-1, n))
+            for x, y, n in zip(left, right, layout.columns, strict=True)
+        ]
+        self._free, self._others = pieces[::2], pieces[1::2]
+        self._fixed = [x.T @ y for x, y in self._free]
         # The last product of each axis, and the rows of w1 that are in it.
-        self._last: list[tuple[Tensor, Tensor]] = []
+        self._last: list[tuple[Tensor, Tensor | None]] = []
 
     def run(self, start: str, generator: torch.Generator) -> Found:
         """Ascend from one of the starts of :class:`symflow.WeightMatching`."""
         stacks = self.layout.stacks
-        self._last = [(c, s.base[:0]) for c, s in zip(self._fixed, stacks, strict=True)]
+        self._last = [(c, None) for c in self._fixed]
         g, stale = self.layout.identity.clone(), set(range(len(stacks)))
+        parts = g.split_with_sizes(self.layout.units)
         for k, s in enumerate(stacks):
-            if start == "identity" or not (s.widths or s.known):
+            if start == "identity" or not (s.widths or len(s.known)):
                 continue
             c = self._costs(k, g, s.known)
             if start == "random":
                 c = c + self._redrawn(k, generator)
-            elif s.known == len(s.base):
+            elif s.known is s.rows:
                 stale.remove(k)  # all that this axis depends on was there
-            g[s.span] = best(s.group, c)
-        return self._climb(g, stale)
+            parts[k].copy_(best(s.group, c))
+        return self._climb(g, parts, stale)
 
-    def _climb(self, g: Tensor, stale: set[int]) -> Found:
+    def _climb(self, g: Tensor, parts: Sequence[Tensor], stale: set[int]) -> Found:
         """Solve for each axis that is ``stale``: something has moved since it was solved for."""
         stacks, gain_at_least = self.layout.stacks, tolerance(self.w1.dtype).gain
         gained = self.w1.new_zeros(1)
@@ -80,42 +81,44 @@ class Ascent:
                 if k not in stale:
                     continue
                 stale.remove(k)
-                c, old = self._costs(k, g, len(s.base)), g[s.span]
+                c, old = self._costs(k, g, s.rows), parts[k]
                 new = best(s.group, c, old)
                 if torch.equal(new, old):
                     continue
                 after, before = (c.gather(1, x[:, None]).sum(0) for x in (new, old))
                 if not bool(after - before > gain_at_least * after.abs()):
                     continue
-                g[s.span] = new
+                old.copy_(new)
                 gained = gained + (after - before)
                 stale |= s.neighbours
             gains.append(gained)
             if not stale:
                 status = Status.CONVERGED
                 break
-        weights = self._moved(g)
+        weights = self._moved(g, parts)
         end = objective(self.symmetry, self.w0, weights)
-        element = {s.name: g[None, s.span] for s in stacks}
+        element = {s.name: part[None] for s, part in zip(stacks, parts, strict=True)}
         return Found(element, end - (gained - torch.stack(gains)), status, weights=weights)
 
-    def _costs(self, k: int, g: Tensor, count: int) -> Float[Tensor, "n n"]:
-        """Contract an axis over its first ``count`` rows, beside those that are fixed.
+    def _costs(self, k: int, g: Tensor, rows: Rows) -> Float[Tensor, "n n"]:
+        """Contract an axis over these rows, beside those that are fixed.
 
         Only rows are multiplied that were not there the last time, or have moved since.
         """
-        s, (left, right) = self.layout.stacks[k], self._others[k]
-        at = torch.addcmul(s.base[:count], s.stride[:count], g.index_select(0, s.unit[:count]))
+        left, right = self._others[k]
+        at = rows.of(g)
         c, before = self._last[k]
-        done = len(before)
-        moved = (at[:done] != before).nonzero().squeeze(1)
-        if 2 * len(moved) > done:
-            c, done = self._fixed[k], 0
-        elif len(moved):
-            new = right.index_select(0, at[moved]).sub_(right.index_select(0, before[moved]))
-            c = c.addmm(left.index_select(0, moved).T, new)
-        if done < count:
-            c = c.addmm(left[done:count].T, right.index_select(0, at[done:]))
+        done = 0
+        if before is not None:
+            done = len(before)
+            moved = (at[:done] != before).nonzero().squeeze(1)
+            if 2 * len(moved) > done:
+                c, done = self._fixed[k], 0
+            elif len(moved):
+                new = right.index_select(0, at[moved]).sub_(right.index_select(0, before[moved]))
+                c = c.addmm(left.index_select(0, moved).T, new)
+        if done < len(at):
+            c = c.addmm(left[done : len(at)].T, right.index_select(0, at[done:]))
         self._last[k] = c, at
         return c
 
@@ -128,18 +131,18 @@ class Ascent:
         factor = torch.cat(factors).to(left)[:, None] * 2 - 1
         return (left * factor).T @ right
 
-    def _moved(self, g: Tensor) -> Float[Tensor, "1 D"]:
+    def _moved(self, g: Tensor, parts: Sequence[Tensor]) -> Float[Tensor, "1 D"]:
         """Return the second network where the element takes it."""
         w, found = self.w1[0], self.w1.clone()
         place, begin, unit = self.layout.vectors
-        at = g.index_select(0, unit).add_(begin)
-        found[0].index_copy_(0, place, w.index_select(0, at))
-        for leaf, dims in self.layout.arrays:
-            x = w[leaf.span].view(leaf.shape)
-            for k, span in dims[:-1]:
-                x = x.index_select(k, g[span])
-            k, span = dims[-1]  # straight to its place
-            torch.index_select(x, k, g[span], out=found[0, leaf.span].view(leaf.shape))
+        found[0].index_copy_(0, place, w.index_select(0, g.index_select(0, unit).add_(begin)))
+        sources, targets = (x.split_with_sizes(self.layout.leaves) for x in (w, found[0]))
+        for number, shape, dims in self.layout.arrays:
+            x = sources[number].view(shape)
+            for dim, k in dims[:-1]:
+                x = x.index_select(dim, parts[k])
+            dim, k = dims[-1]  # straight to its place
+            torch.index_select(x, dim, parts[k], out=targets[number].view(shape))
         return found
 
 

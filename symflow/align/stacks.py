@@ -19,37 +19,59 @@ _MOST = 2**21
 
 @final
 @dataclass(frozen=True, eq=False)
+class Rows:
+    """Where rows of w0 meet those of w1: row k meets ``base[k] + stride[k] * g[unit[k]]``.
+
+    ``g`` holds the elements of all axes, one behind the other.
+
+    Attributes
+    ----------
+    base, stride, unit
+        As above.
+    """
+
+    base: Int[Tensor, " M"]
+    stride: Int[Tensor, " M"]
+    unit: Int[Tensor, " M"]
+
+    def of(self, g: Int[Tensor, " units"]) -> Int[Tensor, " M"]:
+        """Return the row of w1 for each row of w0."""
+        return torch.addcmul(self.base, self.stride, g.index_select(0, self.unit))
+
+    def first(self, count: int) -> "Rows":
+        """Return the first rows; these themselves if that is all of them."""
+        if count == len(self):
+            return self
+        return Rows(self.base[:count], self.stride[:count], self.unit[:count])
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+
+@final
+@dataclass(frozen=True, eq=False)
 class Stack:
     """One axis in the learnable leaves: a row for each coordinate that all its units have.
 
-    First come the rows that no other axis moves, ``widths`` many for each leaf. Behind them row k
-    of w0 meets row ``base[k] + stride[k] * g[unit[k]]`` of w1, g being the elements of all axes in
-    one vector; the first ``known`` of these depend on axes before this one.
+    First come the rows that no other axis moves, ``widths`` many for each leaf, then the others.
 
     Attributes
     ----------
     name, group
         Of the axis.
-    span
-        Its units in g.
-    entries, rows
-        Its part of the layout of all axes, and how many rows that is.
-    widths, known, base, stride, unit
+    widths, rows
         As above.
+    known
+        Those of the rows that depend on axes before this one.
     neighbours
         The other axes in these leaves, by number.
     """
 
     name: str
     group: Permutation
-    span: slice
-    entries: slice
-    rows: int
     widths: tuple[int, ...]
-    known: int
-    base: Int[Tensor, " M"]
-    stride: Int[Tensor, " M"]
-    unit: Int[Tensor, " M"]
+    rows: Rows
+    known: Rows
     neighbours: frozenset[int]
 
 
@@ -64,20 +86,28 @@ class Layout:
         One for each axis.
     index
         Flat coordinate of each entry of all stacks, one after the other.
-    identity
-        The identity of all axes, in one vector.
+    sizes, columns
+        The pieces of ``index``, two for each stack, its free rows and its others: how many entries
+        they have, and how many units stand in a row.
+    identity, units
+        The identity of all axes, in one vector, and the size of each.
     vectors
         Flat coordinates of all leaves with a single dimension: where such a leaf begins, and where
         in the vector of all axes' elements the unit stands that is taken.
-    arrays
-        The other leaves, with the units of the axis of each dimension that has one.
+    leaves, arrays
+        The sizes of all leaves; the number and shape of those with more dimensions, and for each
+        dimension that has an axis its number.
     """
 
     stacks: tuple[Stack, ...]
     index: Int[Tensor, " entries"]
+    sizes: list[int]
+    columns: list[int]
     identity: Int[Tensor, " units"]
+    units: list[int]
     vectors: tuple[Int[Tensor, " V"], Int[Tensor, " V"], Int[Tensor, " V"]]
-    arrays: tuple[tuple[Leaf, tuple[tuple[int, slice], ...]], ...]
+    leaves: list[int]
+    arrays: tuple[tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]], ...]
 
 
 @lru_cache(maxsize=4)
@@ -91,8 +121,8 @@ def layout(symmetry: Symmetry) -> Layout | None:
     --------
     >>> import symflow
     >>> found = layout(symflow.mlp([3, 4, 5, 2]).symmetry.compact)
-    >>> [(x.name, x.widths, x.rows) for x in found.stacks]
-    [('h1', (3, 1), 9), ('h2', (1, 2), 7)]
+    >>> [(x.name, x.widths, len(x.rows)) for x in found.stacks]
+    [('h1', (3, 1), 5), ('h2', (1, 2), 4)]
     >>> layout(symflow.mlp([3, 4, 2], "tanh").symmetry) is None    # signs, too
     True
     """
@@ -102,72 +132,65 @@ def layout(symmetry: Symmetry) -> Layout | None:
     simple = all(len(x.axes) == len(set(x.axes)) <= 2 for x in leaves)
     if not (leaves and small and simple and len(groups) == len(symmetry.axes)):
         return None
+    order = [axis.name for axis in symmetry.axes]
     spans: dict[str, slice] = {}
     for axis in symmetry.axes:
         begin = next(reversed(spans.values())).stop if spans else 0
         spans[axis.name] = slice(begin, begin + axis.size)
-    stacks: list[Stack] = []
-    indices: list[Tensor] = []
-    for axis, group in zip(symmetry.axes, groups, strict=True):
-        begin = stacks[-1].entries.stop if stacks else 0
-        stack, index = _stack(axis.name, group, leaves, spans, begin)
-        stacks.append(stack)
-        indices.append(index)
+    found = [_stack(a.name, g, leaves, spans) for a, g in zip(symmetry.axes, groups, strict=True)]
+    stacks = tuple(stack for stack, _ in found)
+    counts = [(sum(x.widths) * x.group.size, len(x.rows) * x.group.size) for x in stacks]
     flat = [x for x in leaves if len(x.dims) == 1]
     return Layout(
-        tuple(stacks),
-        torch.cat(indices).int(),
+        stacks,
+        torch.cat([index for _, index in found]).int(),
+        [n for pair in counts for n in pair],
+        [x.group.size for x in stacks for _ in range(2)],
         torch.cat([torch.arange(group.size) for group in groups]),
+        [group.size for group in groups],
         (
             _joined([torch.arange(x.offset, x.offset + x.size) for x in flat]),
             _joined([torch.full((x.size,), x.offset) for x in flat]),
             _joined([_range(spans[x.axes[0]]) for x in flat]),
         ),
+        [x.size for x in symmetry.leaves],
         tuple(
-            (x, tuple((k, spans[d.axis]) for k, d in enumerate(x.dims) if d.axis is not None))
-            for x in leaves
-            if len(x.dims) > 1
+            (
+                number,
+                x.shape,
+                tuple((k, order.index(d.axis)) for k, d in enumerate(x.dims) if d.axis is not None),
+            )
+            for number, x in enumerate(symmetry.leaves)
+            if x.axes and len(x.dims) > 1
         ),
     )
 
 
 def _stack(
-    name: str, group: Permutation, leaves: Sequence[Leaf], spans: dict[str, slice], begin: int
+    name: str, group: Permutation, leaves: Sequence[Leaf], spans: dict[str, slice]
 ) -> tuple[Stack, Tensor]:
-    """Lay out one axis; its entries begin at ``begin``."""
+    """Lay out one axis."""
     order = list(spans)
     here = [x for x in leaves if x.learnable and name in x.axes]
     alone = [x for x in here if len(x.axes) == 1]
     pairs = [(next(a for a in x.axes if a != name), x) for x in here if len(x.axes) == 2]
     shared = sorted(((order.index(a), x) for a, x in pairs), key=itemgetter(0))
-    n, first, known = group.size, 0, 0
+    first, known = 0, 0
     base, stride, unit = [], [], []
     for other, leaf in shared:
         units = _range(spans[order[other]])
-        width = leaf.size // n // len(units)
+        width = leaf.size // group.size // len(units)
         base.append(first + torch.arange(width).repeat(len(units)))
         stride.append(torch.full((width * len(units),), width))
         unit.append(units.repeat_interleave(width))
         first += width * len(units)
         known = first if other < order.index(name) else known
-    widths = tuple(x.size // n for x in alone)
     index = [_entries(x, (name,)) for x in alone]
     index += [_entries(x, (name, order[other])) for other, x in shared]
-    rows = sum(widths) + first
-    stack = Stack(
-        name,
-        group,
-        spans[name],
-        slice(begin, begin + rows * n),
-        rows,
-        widths,
-        known,
-        _joined(base),
-        _joined(stride),
-        _joined(unit),
-        frozenset(other for other, _ in shared),
-    )
-    return stack, _joined(index)
+    rows = Rows(_joined(base), _joined(stride), _joined(unit))
+    widths = tuple(x.size // group.size for x in alone)
+    others = frozenset(other for other, _ in shared)
+    return Stack(name, group, widths, rows, rows.first(known), others), _joined(index)
 
 
 def _entries(leaf: Leaf, axes: tuple[str, ...]) -> Tensor:
