@@ -149,9 +149,16 @@ class Experiment:
     """A zoo, flows on it, and the ledger of their figures."""
 
     def __init__(
-        self, name: str, task: Task, settings: ZooSettings, *, fast: bool, only: str = ""
+        self,
+        name: str,
+        task: Task,
+        settings: ZooSettings,
+        *,
+        fast: bool,
+        only: str = "",
+        device: str = "cpu",
     ) -> None:
-        self.ledger = Ledger(name, fast, only)
+        self.ledger = Ledger(name, fast, only, device)
         self.task, self.settings = task, settings
         self.arch = symflow.mlp(list(settings.widths))
         zoo = train(
@@ -164,6 +171,7 @@ class Experiment:
             seed=settings.seed,
             folder=self.ledger.folder / "zoo",
             checkpoint_every=1 if settings.epochs < 5 else 10,
+            device=device,
             **settings.options,
         )
         self.training = zoo.select(slice(0, settings.runs))
@@ -194,7 +202,7 @@ class Experiment:
         start = time.perf_counter()
         drawn = flow.sample(
             settings.samples, steps=settings.sampling, bridge=settings.noisy, seed=seed
-        )
+        ).cpu()
         sampling = time.perf_counter() - start
         chart = flow.coordinates
         return {
@@ -221,14 +229,14 @@ class Experiment:
         for steps in STEPS:
             seed = settings.seed + 1000
             draw = partial(flow.sample, steps=steps, bridge=settings.noisy, seed=seed)
-            ws = draw(min(settings.samples, AUDITED))
+            ws = draw(min(settings.samples, AUDITED)).cpu()
             found[str(steps)] = {
                 f"{split} {name}": float(score(self.arch, ws, self.task, split=split).mean())
                 for split in ("train", "test")
                 for name, score in (("accuracy", accuracy), ("loss", loss))
             }
             if starts is not None:
-                ends = draw(len(starts), start=starts)
+                ends = draw(len(starts), start=starts).cpu()
                 found[str(steps)]["divergence"] = divergence(
                     self.arch, self.held_out.final, ends, self.task.x_train[:COMPARED]
                 )
@@ -268,7 +276,7 @@ class Experiment:
             time_width=settings.time_width,
             edge_width=settings.edge_width,
             seed=settings.seed,
-        )
+        ).to(self.ledger.device)
 
     def _trained(
         self, flow: flows.Flow, stage: FlowSettings, whole: FlowSettings
@@ -344,8 +352,10 @@ def main(
     parser.add_argument("--fast", action="store_true", help="reduced sizes: to try the machinery")
     parser.add_argument("--only", default="", help="rows whose names hold this")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.fast:
         zoo, rows = reduced(zoo, rows)
-    Experiment(name, task(), zoo, fast=options.fast, only=options.only).run(rows)
+    place = {"only": options.only, "device": options.device}
+    Experiment(name, task(), zoo, fast=options.fast, **place).run(rows)

@@ -1,10 +1,12 @@
 """Results that are added row by row, so that an experiment stopped anywhere goes on from there."""
 
+import fcntl
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
@@ -45,10 +47,13 @@ class Ledger:
         Whether sizes are reduced: such results are never shown.
     only
         Rows whose names do not hold this are passed over.
+    device
+        Where networks and flows are trained; its name is stored with each row.
     """
 
-    def __init__(self, experiment: str, fast: bool, only: str = "") -> None:
+    def __init__(self, experiment: str, fast: bool, only: str = "", device: str = "cpu") -> None:
         self.only = only
+        self.device = device
         self.experiment = experiment + ("-fast" if fast else "")
         self.folder = BUILD / self.experiment
         self.file = (BUILD if fast else RESULTS) / f"{self.experiment}.json"
@@ -64,18 +69,29 @@ class Ledger:
             return stored["figures"]
         print(f"{self.experiment}: {row.name}", flush=True)
         figures = work()
-        self.rows = self._stored()  # other rows may have been added meanwhile, by another process
-        self.rows[row.name] = {
+        found = {
             "settings": plain["settings"],
             "figures": figures,
-            "commit": _git("rev-parse", "HEAD"),
+            # Where only a copy of the files is, whoever made it says of what.
+            "commit": _git("rev-parse", "HEAD") or os.environ.get("PAPER_COMMIT", ""),
             "changed": bool(_git("status", "--porcelain", "--", "symflow", "paper/*.py")),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "device": _name(self.device),
         }
-        self._write()
+        with self._alone():  # other processes add rows, too
+            self.rows = self._stored() | {row.name: found}
+            self._write()
         print(f"{self.experiment}: {row.name}: {json.dumps(_short(figures))}", flush=True)
         return figures
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """Keep other processes from writing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _stored(self) -> dict[str, Any]:
         return json.loads(self.file.read_text())["rows"] if self.file.exists() else {}
@@ -97,6 +113,13 @@ def _short(figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 def _git(*arguments: str) -> str:
-    found = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
+    except FileNotFoundError:  # not installed
+        return ""
     return found.stdout.strip() if found.returncode == 0 else ""

@@ -18,7 +18,7 @@ def dense_forward(field, x, t):
     z = (x - field.shift) / field.scale
     whole = z[:, arch.dimension :]
     clock = torch.cat([t[:, None], whole], dim=-1)
-    adjacency = torch.eye(n, dtype=torch.bool)
+    adjacency = torch.eye(n, dtype=torch.bool, device=x.device)
     weights = x.new_zeros(len(x), n, n)
     kinds = x.new_zeros(n, n, 3)
     kinds[range(n), range(n), 2] = 1

@@ -73,7 +73,7 @@ class Contraction:
         self._first: dict[tuple[str, int], Tensor] = {}
         self._constant: dict[str, Costs] = {}
         self._kept: dict[tuple[str, int], tuple[Element, Tensor]] = {}
-        self._every = torch.arange(w1.shape[:-1].numel())
+        self._every = torch.arange(w1.shape[:-1].numel(), device=w1.device)
         self.pairs = len(self._every)
         self._alike = {a.name: isinstance(a.group, PermutingGroup) for a in symmetry.axes}
         plain = {a.name for a in symmetry.axes if isinstance(a.group, Permutation)}
@@ -241,7 +241,7 @@ class Contraction:
                 self._kept[key] = now, c
             return c
         before, c = self._kept[key]
-        todo = rows[differ(before, now, self.pairs)[rows]]
+        todo = rows[differ(before, now, rows.new_zeros(self.pairs).bool())[rows]]
         if len(todo) == self.pairs:
             c = self._corrected(place, before, now, c)
             c = self._multiply(place, element, todo) if c is None else c

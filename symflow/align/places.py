@@ -52,15 +52,14 @@ def permute(x: Tensor, dim: int, index: Tensor) -> Tensor:
     if x.shape[0] == 1 == index.shape[0]:
         return x.index_select(dim, index[0])
     if dim == 1 and len(x) == len(index):
-        start = torch.arange(len(x))[:, None] * x.shape[1]
+        start = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
         return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(x.shape)
     at = index.reshape(len(index), *(1,) * (dim - 1), -1, *(1,) * (x.ndim - dim - 1))
     return torch.take_along_dim(x, at, dim)
 
 
-def differ(before: Element, now: Element, n: int) -> Tensor:
-    """Which networks' elements are others than before."""
-    found = torch.zeros(n, dtype=torch.bool)
+def differ(before: Element, now: Element, found: Tensor) -> Tensor:
+    """Which networks' elements are others than before, or are ``found`` to be already (N,)."""
     for name, g in now.items():
         for old, new in zip(_tensors(before[name]), _tensors(g), strict=True):
             if old is not new:

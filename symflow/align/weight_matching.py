@@ -96,7 +96,7 @@ class WeightMatching(Aligner):
         if not len(w1):
             return _nothing(symmetry, w1)
         starts = self._starts(symmetry)
-        plan = layout(symmetry) if len(w0) == len(w1) == 1 else None
+        plan = layout(symmetry) if len(w0) == len(w1) == 1 and w1.device.type == "cpu" else None
         if plan is not None:
             ascent = Ascent(symmetry, plan, w0, w1, self.max_sweeps)
             return _best([ascent.run(start, self._generator(k)) for k, start in enumerate(starts)])
@@ -150,9 +150,9 @@ class WeightMatching(Aligner):
     ) -> Found:
         """Ascend from an element; the axes ``settled`` are best there, given the others."""
         symmetry = problem.symmetry
-        gained = torch.zeros(len(w1), dtype=w1.dtype)
+        gained = w1.new_zeros(len(w1))
         gains = [gained]
-        every = torch.arange(len(w1))
+        every = torch.arange(len(w1), device=w1.device)
         stale = {a.name: every for a in symmetry.axes if a.name not in settled}
         status = Status.CONVERGED if not symmetry.axes else Status.SWEEP_LIMIT
         for _ in range(self.max_sweeps):
@@ -195,7 +195,7 @@ class WeightMatching(Aligner):
         weights = self._factors(problem, k) if start == "random" else None
         known: set[str] = set()
         settled: set[str] = set()
-        rows = torch.arange(len(w1))
+        rows = torch.arange(len(w1), device=w1.device)
         for axis in symmetry.axes:
             element |= problem.best(axis.name, element, rows, known, weights)
             if (
@@ -248,14 +248,16 @@ def _step(
 ) -> tuple[Element, Tensor, Tensor]:
     """Solve for one axis: its new elements for ``rows``, their gain, and the size of what gains."""
     whole = len(rows) == problem.pairs
+    zeros = torch.zeros(len(rows), device=rows.device)
+    nothing: tuple[Element, Tensor, Tensor] = ({}, zeros, zeros)
     if _is_exact(problem, axis):
         costs = problem.costs(axis.name, element, rows)
         if not costs:
-            return {}, torch.zeros(len(rows)), torch.zeros(len(rows))
+            return nothing
         new, old = nearest(axis.group, costs), element[axis.name]
         old = old if whole else map_element(lambda part: part[rows], old)
         if isinstance(new, Tensor) and torch.equal(new, old):
-            return {}, torch.zeros(len(rows)), torch.zeros(len(rows))
+            return nothing
         after = inner_product(axis.group, costs, new)
         gain = after - inner_product(axis.group, costs, old)
         return {axis.name: new}, gain, after.abs()

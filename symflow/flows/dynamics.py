@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,12 +13,13 @@ from symflow.arch import Architecture, InputCoordinates
 from symflow.flows.condition import Conditioned
 from symflow.flows.path import velocity_to
 from symflow.flows.recipe import Recipe
-from symflow.flows.require import coordinates_for, field_for
+from symflow.flows.require import coordinates_for, device_of, field_for
 from symflow.nn import RelationalTransformer, VectorField
 from symflow.quotient import Quotient
 
 States = Float[Tensor, "*#batch size"]
 Field = Callable[[Tensor, Tensor], Tensor]
+D = TypeVar("D", bound="Dynamics")
 
 
 class Dynamics(ABC):
@@ -55,6 +56,37 @@ class Dynamics(ABC):
         self.unit = torch.ones(self.inner.dimension + self.extra)
         self.history: list[dict[str, float]] = []
 
+    @property
+    def device(self) -> torch.device:
+        """Where the field is, and states are moved."""
+        return next(self.average.parameters()).device
+
+    def to(self: D, device: str | torch.device) -> D:
+        """Move the field to a device: the flow is trained, and its samples are drawn, there.
+
+        Random numbers are drawn in main memory everywhere, and are the same ones on every device.
+
+        Returns
+        -------
+        Dynamics
+            Itself.
+
+        Raises
+        ------
+        ShapeError
+            If this machine has no such device.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> symflow.flows.balanced(symflow.mlp([2, 3, 2]), width=8, depth=1).to("cpu").device
+        device(type='cpu')
+        """
+        there = device_of(device)
+        self.field, self.average = self.field.to(there), self.average.to(there)
+        self.floor, self.unit = self.floor.to(there), self.unit.to(there)
+        return self
+
     # ---------------------------------------------------------------- states
 
     def encode(self, w: Float[Tensor, "*batch D"]) -> States:
@@ -76,7 +108,7 @@ class Dynamics(ABC):
     def draw(self, n: int, generator: torch.Generator, dtype: torch.dtype) -> States:
         """Draw states from the source."""
         source = self.recipe.source.sample(self.arch, n, generator=generator, dtype=dtype)
-        return self.encode(source)
+        return self.encode(source.to(self.device))
 
     def align(self, x0: States, x1: States) -> States:
         """Move each state x1 next to x0 along its orbit of the compact group (broadcasts)."""

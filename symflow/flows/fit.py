@@ -75,6 +75,7 @@ class Trainer:
             self.inputs = _network_inputs(flow, inputs, ends)
             if flow.coordinates is not None:
                 self.inputs = flow.coordinates.features(self.inputs)
+            self.inputs = self.inputs.to(flow.device)
         # What the result depends on beside the settings: a checkpoint belongs to it.
         self.data = {
             "zoo": digest(starts, ends),
@@ -217,8 +218,9 @@ class Trainer:
     def _states(self, starts: Tensor | None, ends: Tensor) -> tuple[Tensor | None, Tensor]:
         """Encode, and do once what would be the same at every step: align fixed pairs."""
         recipe = self.flow.recipe
-        x0 = None if starts is None else self.flow.encode(starts.to(self.dtype))
-        x1 = self.flow.encode(ends.to(self.dtype))
+        there = {"device": self.flow.device, "dtype": self.dtype}
+        x0 = None if starts is None else self.flow.encode(starts.to(**there))
+        x1 = self.flow.encode(ends.to(**there))
         if recipe.alignment == "reference":
             x1 = self.flow.align(x1[0], x1)
         if recipe.alignment == "pair" and recipe.coupling.keeps_runs() and x0 is not None:

@@ -266,7 +266,7 @@ class Flow(Sampler):
             for name, module in (("field.", self.field), ("average.", self.average)):
                 found = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
                 module.load_state_dict(found)
-            self.floor, self.unit = tensors["floor"], tensors["unit"]
+            self.floor, self.unit = (tensors[k].to(self.device) for k in ("floor", "unit"))
         except (RuntimeError, KeyError) as error:
             raise FileFormatError(f"the file holds another field: {error}") from error
         self.history = history

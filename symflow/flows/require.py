@@ -7,6 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from symflow.arch import Architecture, InputCoordinates
@@ -211,3 +212,28 @@ def _shown(value: Any) -> str:
     """Show a short value as it is, of others the type: arrays are never quoted."""
     plain = value is None or isinstance(value, bool | int | float | str)
     return repr(value) if plain and len(repr(value)) < 60 else f"a {type(value).__name__}"
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """Return a device on which tensors can be made.
+
+    Raises
+    ------
+    ShapeError
+        If PyTorch does not know it, or this machine does not have it.
+
+    Examples
+    --------
+    >>> device_of("cpu")
+    device(type='cpu')
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ShapeError(
+            f"device must be one that this machine has, such as 'cpu' or 'cuda', got {device!r} "
+            f"({reason})"
+        ) from error
+    return found

@@ -282,7 +282,8 @@ class Sampler(Dynamics, ABC):
         torch.Size([8])
         """
         require_trained(self)
-        flat = self.arch.as_weights(w).detach().to(next(self.average.parameters()).dtype)
+        flat = self.arch.as_weights(w).detach()
+        flat = flat.to(self.device, next(self.average.parameters()).dtype)
         x = self.encode(flat).reshape(-1, self.inner.dimension + self.extra)
         motion = Motion(self, condition=prepared(self, condition, len(x), 1.0)[0])
         found = log_prob(

@@ -134,7 +134,7 @@ def starts_of(
             f"start must hold n = {n} networks (n, D) = {(n, flow.arch.dimension)}, got "
             f"shape {tuple(w.shape)}"
         )
-    return flow.encode(w.to(dtype))
+    return flow.encode(w.to(flow.device, dtype))
 
 
 @final

@@ -135,31 +135,6 @@ class Settings:
         return plain | text | {"dtype": str(self.dtype).removeprefix("torch.")}
 
 
-def device_of(device: str | torch.device) -> torch.device:
-    """Return a device on which tensors can be made.
-
-    Raises
-    ------
-    ShapeError
-        If PyTorch does not know it, or this machine does not have it.
-
-    Examples
-    --------
-    >>> device_of("cpu")
-    device(type='cpu')
-    """
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ShapeError(
-            f"device must be one that this machine has, such as 'cpu' or 'cuda', got {device!r} "
-            f"({reason})"
-        ) from error
-    return found
-
-
 def stream(seed: int, purpose: str, index: int) -> int:
     """Seed of the generator for one run (or group of runs) and one purpose.
 

@@ -15,11 +15,11 @@ from tqdm import tqdm
 from symflow.arch import Architecture
 from symflow.errors import ShapeError, StateError
 from symflow.files import require_same
-from symflow.flows.require import whole
+from symflow.flows.require import device_of, whole
 from symflow.flows.source import FanIn, Gaussian, Source
 from symflow.numerics import tolerance
 from symflow.zoo import checkpoint
-from symflow.zoo.settings import Settings, batch_order, device_of, stream
+from symflow.zoo.settings import Settings, batch_order, stream
 from symflow.zoo.stacked import Stacked
 from symflow.zoo.store import META, WEIGHTS, Zoo, versions
 from symflow.zoo.tasks import Task
