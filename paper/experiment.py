@@ -11,7 +11,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
@@ -54,7 +54,7 @@ class ZooSettings:
     runs, held_out
         Networks that flows are trained on, and others of the same kind.
     std
-        Deviation of the Gaussian initial weights.
+        Deviation of the Gaussian initial weights; PyTorch's own initialisation if None.
     epochs, batch_size, options
         Of :func:`symflow.zoo.train`.
     seed
@@ -67,8 +67,13 @@ class ZooSettings:
     epochs: int
     batch_size: int
     options: dict[str, Any]
-    std: float = 0.1
+    std: float | None = 0.1
     seed: int = 0
+
+    @property
+    def source(self) -> flows.Source:
+        """Return the law of the initial weights."""
+        return flows.FanIn() if self.std is None else flows.Gaussian(self.std)
 
 
 @final
@@ -157,8 +162,11 @@ class Experiment:
         fast: bool,
         only: str = "",
         device: str = "cpu",
+        zoo_device: str | None = None,
+        audited: int = AUDITED,
     ) -> None:
-        self.ledger = Ledger(name, fast, only, device)
+        self.audited = audited
+        self.ledger = Ledger(name, fast, only, (device, zoo_device or device))
         self.task, self.settings = task, settings
         self.arch = symflow.mlp(list(settings.widths))
         zoo = train(
@@ -167,16 +175,20 @@ class Experiment:
             runs=settings.runs + settings.held_out,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
-            init=flows.Gaussian(settings.std),
+            init=settings.source,
             seed=settings.seed,
             folder=self.ledger.folder / "zoo",
             checkpoint_every=1 if settings.epochs < 5 else 10,
-            device=device,
+            device=zoo_device or device,
             **settings.options,
         )
         self.training = zoo.select(slice(0, settings.runs))
         self.held_out = zoo.select(slice(settings.runs, None))
-        self.audit = Audit.of(self.arch, task, self.training.final)
+
+    @cached_property
+    def audit(self) -> Audit:
+        """What samples are compared with."""
+        return Audit.of(self.arch, self.task, self.training.final)
 
     def run(self, rows: dict[str, FlowSettings]) -> None:
         """Run or resume the trained networks, the baselines, and every flow."""
@@ -192,7 +204,7 @@ class Experiment:
         """Measure any set of networks."""
         return {
             **quality(self.arch, ws, self.task),
-            **novelty(self.arch, ws[:AUDITED], self.task, self.audit),
+            **novelty(self.arch, ws[: self.audited], self.task, self.audit),
         }
 
     def flow(self, settings: FlowSettings) -> dict[str, Any]:
@@ -261,7 +273,7 @@ class Experiment:
         make = PRESETS[settings.preset]
         recipe = make(
             self.arch,
-            source=flows.Gaussian(self.settings.std),
+            source=self.settings.source,
             coupling=COUPLINGS[settings.coupling],
             bridge=settings.bridge,
         ).recipe
@@ -276,7 +288,7 @@ class Experiment:
             time_width=settings.time_width,
             edge_width=settings.edge_width,
             seed=settings.seed,
-        ).to(self.ledger.device)
+        ).to(self.ledger.devices[0])
 
     def _trained(
         self, flow: flows.Flow, stage: FlowSettings, whole: FlowSettings
@@ -352,10 +364,11 @@ def main(
     parser.add_argument("--fast", action="store_true", help="reduced sizes: to try the machinery")
     parser.add_argument("--only", default="", help="rows whose names hold this")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="where flows are trained")
+    parser.add_argument("--zoo-device", help="where the zoo is, if not there, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.fast:
         zoo, rows = reduced(zoo, rows)
-    place = {"only": options.only, "device": options.device}
+    place = {"device": options.device, "zoo_device": options.zoo_device, "only": options.only}
     Experiment(name, task(), zoo, fast=options.fast, **place).run(rows)

@@ -47,13 +47,15 @@ class Ledger:
         Whether sizes are reduced: such results are never shown.
     only
         Rows whose names do not hold this are passed over.
-    device
-        Where networks and flows are trained; its name is stored with each row.
+    devices
+        Where flows, and the zoo, are trained; their names are stored with each row.
     """
 
-    def __init__(self, experiment: str, fast: bool, only: str = "", device: str = "cpu") -> None:
+    def __init__(
+        self, experiment: str, fast: bool, only: str = "", devices: tuple[str, str] = ("cpu", "cpu")
+    ) -> None:
         self.only = only
-        self.device = device
+        self.devices = devices
         self.experiment = experiment + ("-fast" if fast else "")
         self.folder = BUILD / self.experiment
         self.file = (BUILD if fast else RESULTS) / f"{self.experiment}.json"
@@ -77,7 +79,8 @@ class Ledger:
             "changed": bool(_git("status", "--porcelain", "--", "symflow", "paper/*.py")),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "device": _name(self.device),
+            "device": _name(self.devices[0]),
+            "zoo_device": _name(self.devices[1]),
         }
         with self._alone():  # other processes add rows, too
             self.rows = self._stored() | {row.name: found}

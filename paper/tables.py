@@ -89,6 +89,7 @@ THESIS = {
         "trained, held out": (0.933, 0.231),
     },
     "mnist-large": {},
+    "deepweight": {},
 }
 
 

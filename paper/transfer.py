@@ -171,7 +171,7 @@ def run(*, fast: bool, only: str = "") -> None:
     experiment = Experiment("mnist", symflow.zoo.mnist(), zoo, fast=fast)
     flow, _ = experiment.fitted(flow_settings)
     plain = "Euclidean, run, behaviour"
-    source = flows.Gaussian(zoo.std)
+    source = zoo.source
     told = {"steps": flow_settings.steps, "rank": flow_settings.rank, "networks": NETWORKS}
     for n in WIDTHS:
         arch = symflow.mlp([784, n, 10])

@@ -155,20 +155,22 @@ class BalancedCone(WeightManifold):
         return y if self.weights is None else y / self.weights.to(y)
 
     def _to_units(self, y: Tensor) -> Tensor:
-        picked = y.index_select(-1, self.coordinates) * self.degrees.to(y.dtype)
-        return y.new_zeros(*y.shape[:-1], self.num_units).index_add(-1, self.units, picked)
+        picked = y.index_select(-1, self.coordinates.to(y.device)) * self.degrees.to(y)
+        zeros = y.new_zeros(*y.shape[:-1], self.num_units)
+        return zeros.index_add(-1, self.units.to(y.device), picked)
 
     def _to_coordinates(self, mu: Tensor) -> Tensor:
-        picked = mu.index_select(-1, self.units) * self.degrees.to(mu.dtype)
+        picked = mu.index_select(-1, self.units.to(mu.device)) * self.degrees.to(mu)
         zeros = mu.new_zeros(*mu.shape[:-1], self.dimension)
-        return zeros.index_add(-1, self.coordinates, picked)
+        return zeros.index_add(-1, self.coordinates.to(mu.device), picked)
 
     def _solve(self, weights: Tensor, right: Tensor) -> Tensor:
         """Solve (E^T diag(weights) E) mu = right; units without weight keep mu = 0."""
         n = self.num_units
-        products = (self.degrees[self.first] * self.degrees[self.second]).to(weights.dtype)
-        entries = weights.index_select(-1, self.coordinates[self.first]) * products
-        place = self.units[self.first] * n + self.units[self.second]
+        products = (self.degrees[self.first] * self.degrees[self.second]).to(weights)
+        at = self.coordinates[self.first].to(weights.device)
+        entries = weights.index_select(-1, at) * products
+        place = (self.units[self.first] * n + self.units[self.second]).to(weights.device)
         matrix = weights.new_zeros(*weights.shape[:-1], n * n).index_add(-1, place, entries)
         matrix = matrix.unflatten(-1, (n, n))
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
