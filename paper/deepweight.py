@@ -24,7 +24,7 @@ from symflow.nn import VectorField
 
 ZOO = ZooSettings(
     widths=(784, 32, 32, 10),
-    runs=4096,
+    runs=2048,
     held_out=64,
     epochs=5,
     batch_size=128,
@@ -32,7 +32,7 @@ ZOO = ZooSettings(
     std=None,
 )
 THEIRS = 100  # runs
-OURS = FlowSettings(rank=128, lr=0.01, steps=6000, batch_size=384, samples=64)
+OURS = FlowSettings(rank=128, lr=0.01, steps=12_000, samples=64)
 AUDITED = 32  # pairs of networks take longer to align than those of 784-10-10
 TIMES = 64  # features of the time
 
@@ -131,7 +131,7 @@ def plain(experiment: Experiment, settings: PlainSettings) -> dict[str, Any]:
 def rows() -> dict[str, FlowSettings]:
     """Return our flows by their rows' names."""
     found = {}
-    few = replace(OURS, runs=THEIRS, steps=3000, batch_size=64)
+    few = replace(OURS, runs=THEIRS, steps=2000)
     for one, name in ((OURS, "all runs"), (few, f"{THEIRS} runs")):
         found[f"Geometric, {name}"] = one
         found[f"Geometric, {name}, in 8 steps with noise"] = replace(one, sampling=8, noisy=1.0)

@@ -7,6 +7,7 @@ from symflow.arch.labels import FIXED, Atom, Label
 from symflow.arch.layout import Axis, Dim, Leaf
 from symflow.arch.mlp import from_config, mlp
 from symflow.arch.rules import Activation, Value, rule
+from symflow.arch.shifts import Shift, Shifts
 from symflow.arch.symmetry import Element, Symmetry, scale_coordinates
 from symflow.arch.trace import Call
 
@@ -23,6 +24,8 @@ __all__ = [
     "InputCoordinates",
     "Label",
     "Leaf",
+    "Shift",
+    "Shifts",
     "StateDict",
     "Symmetry",
     "Value",

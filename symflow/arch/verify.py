@@ -1,6 +1,9 @@
 """The gate: a claimed symmetry is tried on the network before it is believed."""
 
 import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -54,21 +57,72 @@ def verify(
     """
     if not symmetry.axes:
         return 0.0
+    worst = 0.0
+    for trial in trials(module, inputs, leaves):
+        g = symmetry.random(generator=trial.generator, like=trial.w)
+        change = trial.change(symmetry.act(g, trial.w))
+        if not change <= trial.allowed:
+            raise SymmetryError(_blame(trial, symmetry, g))
+        worst = max(worst, change)
+    return worst
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A network in float64 at random weights and inputs, where claims are tried.
+
+    Attributes
+    ----------
+    run
+        Outputs at weights (D,).
+    w
+        The weights.
+    before
+        Outputs there.
+    allowed
+        Relative change of an output that rounding may cause: more if the module casts inside.
+    generator
+        Where the weights came from, for whatever else is random.
+    """
+
+    run: Callable[[Tensor], list[Tensor]]
+    w: Tensor
+    before: list[Tensor]
+    allowed: float
+    generator: torch.Generator
+
+    def change(self, w: Tensor, look: Callable[[Tensor], Tensor] | None = None) -> float:
+        """Return the greatest relative change of an output (seen through ``look``) at ``w``."""
+        pair = (self.before, self.run(w))
+        if look is not None:
+            pair = tuple([look(x) for x in outputs] for outputs in pair)
+        return _change(*pair)
+
+
+def trials(module: nn.Module, inputs: tuple[Any, ...], leaves: tuple[Leaf, ...]) -> Iterator[Trial]:
+    """Yield a few networks to try claims on; inputs and weights are random.
+
+    Raises
+    ------
+    UnsupportedModuleError
+        If the same weights and inputs give different outputs, or the weights have no values.
+    """
     require_material(module)
     double = copy.deepcopy(module).double().eval()
     generator = torch.Generator().manual_seed(_SEED)
-    worst = 0.0
     for scale in _SCALES:
         given = tuple(_random_input(x, scale, generator) for x in inputs)
+        run = partial(_run, double, leaves, given)
         w = _random_weights(leaves, dict(double.state_dict()), generator)
-        before = _run(double, leaves, w, given)
+        before = run(w)
         if not _finite(before):
             own = double.state_dict()
             w = torch.cat([leaf.of(own[leaf.key]).reshape(-1) for leaf in leaves])
-            before = _run(double, leaves, w, given)
+            before = run(w)
         if not _finite(before):
             continue
-        if _change(before, _run(double, leaves, w, given)) > 0:
+        if _change(before, run(w)) > 0:
             raise UnsupportedModuleError(
                 f"{type(module).__name__} gives different outputs for the same weights and inputs "
                 "in evaluation mode, so no symmetry can be tried: is dropout called as "
@@ -76,29 +130,13 @@ def verify(
             )
         watch = Rounding()
         with watch:
-            _run(double, leaves, w, given)
-        allowed = tolerance(watch.dtype).symmetry
-        g = symmetry.random(generator=generator, like=w)
-        change = _change(before, _run(double, leaves, symmetry.act(g, w), given))
-        if not change <= allowed:
-            raise SymmetryError(_blame(double, leaves, symmetry, g, w, before, given))
-        worst = max(worst, change)
-    return worst
+            run(w)
+        yield Trial(run, w, before, tolerance(watch.dtype).symmetry, generator)
 
 
-def _blame(
-    module: nn.Module,
-    leaves: tuple[Leaf, ...],
-    symmetry: Symmetry,
-    g: dict[str, Any],
-    w: Tensor,
-    before: list[Tensor],
-    inputs: tuple[Any, ...],
-) -> str:
+def _blame(trial: Trial, symmetry: Symmetry, g: dict[str, Any]) -> str:
     changes = {
-        axis.name: _change(
-            before, _run(module, leaves, symmetry.act({axis.name: g[axis.name]}, w), inputs)
-        )
+        axis.name: trial.change(symmetry.act({axis.name: g[axis.name]}, trial.w))
         for axis in symmetry.axes
     }
     name = max(changes, key=lambda key: changes[key])
@@ -151,7 +189,7 @@ def _change(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 def _run(
-    module: nn.Module, leaves: tuple[Leaf, ...], w: Tensor, inputs: tuple[Any, ...]
+    module: nn.Module, leaves: tuple[Leaf, ...], inputs: tuple[Any, ...], w: Tensor
 ) -> list[Tensor]:
     parts: dict[str, list[tuple[Leaf, Tensor]]] = {}
     for leaf in leaves:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from symflow.align import Aligner
-from symflow.arch import Architecture
+from symflow.arch import Architecture, Shifts
 from symflow.errors import LeafError, ShapeError
 from symflow.groups import Group
 from symflow.sections import (
     BalancedSection,
+    CentredSection,
     FlatSection,
     Section,
     SphereSection,
@@ -68,6 +69,20 @@ def a_section(arch: Architecture, section: Any, preserves: Any) -> Section:
     raise ShapeError(
         "section must be 'auto', 'balanced', 'sphere', None or a Section, got " + _shown(section)
     )
+
+
+def centred(section: Section, shifts: Any) -> Section:
+    """Return the section of weights without translations: those given, or those that are found."""
+    if shifts is None:
+        return section
+    if isinstance(shifts, str):
+        shifts = Shifts.find(section.arch, preserves=shifts)
+    if not isinstance(shifts, Shifts):
+        raise ShapeError(
+            "shifts must be 'function', 'probabilities' or symflow.arch.Shifts, got "
+            + _shown(shifts)
+        )
+    return CentredSection(section, shifts)
 
 
 def leaf_weights(arch: Architecture, metric: Any) -> Tensor | None:

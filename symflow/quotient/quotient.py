@@ -8,13 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.align import Aligner, Alignment, WeightMatching, objective
-from symflow.arch import Architecture, Element, Symmetry, Weights
+from symflow.arch import Architecture, Element, Shifts, Symmetry, Weights
 from symflow.errors import LeafError, ShapeError
 from symflow.groups import Group
 from symflow.manifolds import WeightManifold
 from symflow.quotient.geodesic import Geodesic
 from symflow.quotient.mean import frechet_mean
-from symflow.quotient.options import a_section, an_aligner, leaf_weights, with_groups
+from symflow.quotient.options import a_section, an_aligner, centred, leaf_weights, with_groups
 from symflow.quotient.pairs import pairwise
 from symflow.quotient.points import align_points, require_broadcast
 from symflow.quotient.principal import Principal, principal
@@ -46,6 +46,10 @@ class Quotient:
     preserves
         ``"function"``, or ``"argmax"`` (with ``section="sphere"``): also divide by one positive
         factor of all outputs.
+    shifts
+        Translations to take away, too (:class:`symflow.arch.Shifts`: biases of keys, means over the
+        units of a stream that norms centre), or ``"function"`` to find them; ``"probabilities"``
+        finds those that only the softmax of the outputs does not see.
     metric
         Factors of leaves in squared distances, by key: ``{"0.weight": 0.1}``; one where none is
         given. Alignment, means and principal directions go by it, the section does not. Not on
@@ -93,10 +97,11 @@ class Quotient:
         aligner: Aligner | None = None,
         groups: Mapping[str, Group[Any]] | None = None,
         preserves: str = "function",
+        shifts: "str | Shifts | None" = None,
         metric: Mapping[str, float | int] | None = None,
     ) -> None:
         self.arch = with_groups(arch, groups or {})
-        self.section = a_section(self.arch, section, preserves)
+        self.section = centred(a_section(self.arch, section, preserves), shifts)
         self.aligner = WeightMatching() if aligner is None else an_aligner(aligner)
         weights, space = leaf_weights(self.arch, metric), self.section.manifold
         self._space = space if weights is None else space.weighted(weights)
@@ -353,6 +358,8 @@ class Quotient:
         22
         """
         removed = self.section.state_manifold.dimension - self.manifold.dimension
+        if self.section.shifts is not None:
+            removed += self.section.shifts.dimension
         return self.arch.num_parameters - self.arch.symmetry.dimension - removed
 
     @property

@@ -8,11 +8,13 @@ from symflow.sections.base import (
     scaled_axes,
     unit_coordinates,
 )
+from symflow.sections.centred import CentredSection
 from symflow.sections.flat import FlatSection
 from symflow.sections.sphere import SphereSection
 
 __all__ = [
     "BalancedSection",
+    "CentredSection",
     "FlatSection",
     "Section",
     "SphereSection",

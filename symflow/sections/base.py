@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from symflow.arch import Architecture, Leaf, Symmetry, scale_coordinates
+from symflow.arch import Architecture, Leaf, Shifts, Symmetry, scale_coordinates
 from symflow.errors import DeadNeuronWarning, LeafError
 from symflow.groups import NoncompactGroup, ScalingGroup
 from symflow.numerics import tolerance
@@ -31,12 +31,15 @@ class Section(ABC):
         The space of the chosen points, with its metric.
     state_manifold
         The space of points with their removed coordinates appended (D + E): what a flow moves in.
+    shifts
+        The translations that it takes away, too, if any.
     """
 
     arch: Architecture
     symmetry: Symmetry
     manifold: "WeightManifold"
     state_manifold: "WeightManifold"
+    shifts: Shifts | None = None
 
     @abstractmethod
     def split(

@@ -3,17 +3,19 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
-from symflow.arch import Architecture, scale_coordinates
+from symflow.arch import Architecture, Shifts, scale_coordinates
 from symflow.errors import AntipodalWarning, DeadNeuronWarning
 from symflow.groups import ScalingGroup
 from symflow.sections import (
     BalancedSection,
+    CentredSection,
     FlatSection,
     Section,
     SphereSection,
@@ -139,8 +141,12 @@ def _orbit(section: Section, draw: Draws) -> None:
     # Scales applied by hand: the compact part of g does not come in.
     factors = scale_coordinates(arch.leaves, _scales(arch, g))
     moved = w if factors is None else w * factors
+    if section.shifts is not None:
+        shift_seed = draw("shift seed", seeds())
+        generator = torch.Generator().manual_seed(shift_seed)
+        moved = moved + section.shifts.random(generator=generator, like=w)
     before, after = _project(section, torch.stack([w, moved]))
-    _same(after, before, "the point after scaling")
+    _same(after, before, "the point after scaling and adding")
 
 
 def _scales(arch: Architecture, g: dict[str, object]) -> dict[str, Tensor | None]:
@@ -224,6 +230,19 @@ def _feed_forward(arch: Architecture) -> bool:
 # Tied maps from an axis to itself have no sphere section, and balance very slowly.
 _SMALL = small_architectures().filter(_feed_forward)
 
+
+@cache
+def _normed() -> Architecture:
+    """Make a stream that a norm centres, behind a map and a bias."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.ReLU(), nn.Linear(3, 2))
+    return Architecture.from_module(net, torch.zeros(1, 2))
+
+
+def _centred() -> CentredSection:
+    return CentredSection(BalancedSection(_normed()), Shifts.find(_normed()))
+
+
+register(CentredSection, st.builds(_centred))
 register(BalancedSection, _SMALL.map(BalancedSection))
 register(FlatSection, mlps(width=3, layers=2, activations=("gelu", "tanh")).map(FlatSection))
 # Units that mix have no rows of their own.
