@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from symflow.arch import Architecture
+from symflow.arch import Architecture, Shifts
 from symflow.arch.running import tensors_of
 from symflow.groups import DiagonalGroup, Group, MatrixGroup, NoncompactGroup, PairGroup
 
@@ -46,6 +46,7 @@ PRODUCTS = {
     "linear network": tuple(f"{k}.{name}" for k in range(4) for name in ("weight", "bias")),
 }
 KINDS = {
+    "shifts": "translations that arch.Shifts finds and a quotient can take away",
     "unused": "weights that no output depends on here: units that are off, words not drawn",
     "alone": "directions of one leaf that nothing shows: it reads few inputs, or what a norm has "
     "centred, or writes what a norm subtracts",
@@ -154,6 +155,12 @@ def explained(
     if bool((outside > 1e-5 * found.norm(dim=1)).any()):
         raise AssertionError(f"{entry.name}: a direction of the group moves the outputs")
     have, parts = independent(found), {}
+    added = translations(arch, w)
+    if len(added) and bool((added - added @ null.mT @ null).norm(dim=1).max() > 1e-5):
+        raise AssertionError(f"{entry.name}: a translation moves the outputs")
+    more = independent(torch.cat([have, added]))
+    parts["shifts"] = len(more) - len(have)
+    have = more
     for kind, span in spans(arch, entry, w, slope).items():
         inside = null @ independent(span).mT
         left, cosines, _ = decomposed(inside)
@@ -210,6 +217,12 @@ def tangent(arch: Architecture, w: Tensor) -> Tensor:
                 ends.append(symmetry.act(g, w)[:count])
             rows.append((ends[0] - ends[1])[None] / (2 * STEP))
     return torch.cat(rows)
+
+
+def translations(arch: Architecture, w: Tensor) -> Tensor:
+    """Return an orthonormal basis of what can be added to parameters."""
+    eye = torch.eye(arch.dimension, dtype=w.dtype)[: arch.num_parameters]
+    return independent((eye - Shifts.find(arch).centre(eye))[:, : arch.num_parameters])
 
 
 def steps(group: Group[Any], g: Any, path: tuple[int, ...] = ()) -> list[tuple[Any, Tensor]]:

@@ -1,6 +1,7 @@
 """Write the figures of the README from the stored results: no number there is typed by hand."""
 
 import sys
+from typing import Any
 
 import record
 from run import BENCHMARKS
@@ -20,13 +21,31 @@ def block() -> str:
         for row in report["rows"]:
             if not row.get("in_readme", True):
                 continue
-            figure = row["figure"].replace("_", " ").removesuffix("value").strip()
-            median = f"{row[row['figure']]['median']:.3g} {figure}".strip()
-            missed = "" if row["met"] else " **(missed)**"
-            wanted = row["wanted"].removeprefix(row["figure"].replace("_", " ")).strip()
             stored = f"`benchmarks/results/{name}.json`"
-            lines.append(f"| {row['what']} | {median}{missed} | {wanted} | {stored} |")
-    return "\n".join([*lines, "", f"Two shared cores; {'; '.join(places)}."])
+            lines.append(" | ".join(["", *_cells(row), stored, ""]).strip())
+    return "\n".join([*lines, "", f"Two shared cores; {'; '.join(places)}.", "", *gpu()])
+
+
+def gpu() -> list[str]:
+    """Return the table of what a GPU does, in lines."""
+    report = record.load("accelerator")
+    lines = [
+        f"On a GPU ({report['rows'][0]['device']}, torch {report['machine']['torch']}; "
+        "`benchmarks/results/accelerator.json`):",
+        "",
+        "| measured | median | wanted |",
+        "|---|---|---|",
+    ]
+    return [*lines, *(" | ".join(["", *_cells(row), ""]).strip() for row in report["rows"])]
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Return what was measured, its median, and what was wanted."""
+    figure = row["figure"].replace("_", " ").removesuffix("value").strip()
+    median = f"{row[row['figure']]['median']:.3g} {figure}".strip()
+    missed = "" if row["met"] else " **(missed)**"
+    wanted = row["wanted"].removeprefix(row["figure"].replace("_", " ")).strip()
+    return row["what"], f"{median}{missed}", wanted
 
 
 def written(text: str) -> str:

@@ -41,6 +41,8 @@ def rows() -> dict[str, FlowSettings]:
         light = replace(wide, depth=1, edge_width=8, steps=8000)
         found[f"{preset}, one layer"] = light
         found[f"{preset}, one layer, in 2 steps"] = replace(light, sampling=2)
+        longer = replace(light, steps=16_000)
+        found[f"{preset}, one layer, 16,000 steps, in 2 steps"] = replace(longer, sampling=2)
     for preset in ("Geometric", "Balanced"):
         found[f"{preset}, quotient OT"] = replace(
             CELL, preset=preset, coupling="quotient OT", alignment="none", batch_size=16, steps=1000

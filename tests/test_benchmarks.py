@@ -89,8 +89,9 @@ def test_stored_results_are_whole(path):
 def test_every_benchmark_is_run(benchmark_module):
     run = benchmark_module("run")
     tools = {"record", "run", "compare", "draw", "readme", "plain", "large"}
-    assert set(run.BENCHMARKS) == {p.stem for p in BENCHMARKS.glob("*.py")} - tools
-    assert set(run.BENCHMARKS) >= {path.stem for path in STORED}
+    elsewhere = {"accelerator"}  # needs a GPU
+    assert set(run.BENCHMARKS) == {p.stem for p in BENCHMARKS.glob("*.py")} - tools - elsewhere
+    assert set(run.BENCHMARKS) | elsewhere >= {path.stem for path in STORED}
     assert STORED
 
 
