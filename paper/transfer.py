@@ -10,7 +10,7 @@ import os
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias, final
 
@@ -31,9 +31,11 @@ from symflow.zoo import Task, train
 
 WIDTHS = (10, 16, 32, 64)
 NETWORKS = 32
-GUIDED_STEPS = 512
+GUIDED_STEPS, MORE_STEPS = 512, 2048
 STRENGTHS = (10.0, 30.0, 100.0, 200.0)
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+# With more steps of the same size the task counts more beside the flow.
+MORE_STRENGTHS, MORE_RATES = (200.0, 400.0, 800.0), (0.1, 0.3)
 EPOCHS, BATCH, RATE = 40, 50, 0.001
 VALIDATION, FEW = 600, 8  # training examples, and networks, to choose by
 
@@ -99,16 +101,16 @@ def losses(arch: Architecture, w: Tensor, task: Task) -> Tensor:
     )
 
 
-def guided(flow: flows.Flow, task: Task, strength: float, starts: Tensor) -> Tensor:
+def guided(flow: flows.Flow, steps: int, task: Task, strength: float, starts: Tensor) -> Tensor:
     """Draw networks that are bent towards low loss on a task, from these initial weights."""
     guide = Guidance(lambda w: losses(flow.arch, w, task), strength)
-    return flow.sample(len(starts), steps=GUIDED_STEPS, guidance=guide, start=starts)
+    return flow.sample(len(starts), steps=steps, guidance=guide, start=starts)
 
 
-def descended(arch: Architecture, task: Task, rate: float, starts: Tensor) -> Tensor:
+def descended(arch: Architecture, steps: int, task: Task, rate: float, starts: Tensor) -> Tensor:
     """Spend as many full-batch gradients on plain descent from the same initial weights."""
     w = starts.clone()
-    for _ in range(GUIDED_STEPS):
+    for _ in range(steps):
         w.requires_grad_(True)
         (gradient,) = torch.autograd.grad(losses(arch, w, task).sum(), w)
         w = (w - rate * gradient).detach()
@@ -126,17 +128,22 @@ def figures(arch: Architecture, ws: Tensor, task: Task) -> dict[str, Any]:
 
 
 def chosen(
-    arch: Architecture, draw: Callable[[Task, float, Tensor], Tensor], among: Strengths, w: Tensor
+    arch: Architecture,
+    draw: Callable[[int, Task, float, Tensor], Tensor],
+    among: Strengths,
+    w: Tensor,
+    steps: int = GUIDED_STEPS,
 ) -> dict[str, Any]:
     """Choose a strength on held-out training examples, then measure on the test data."""
+    one = partial(draw, steps)
     task = fashion()
     choose = without(task, VALIDATION)
-    tried = {s: figures(arch, draw(choose, s, w[:FEW]), choose)["accuracy"] for s in among}
+    tried = {s: figures(arch, one(choose, s, w[:FEW]), choose)["accuracy"] for s in among}
     best = max(tried, key=lambda s: tried[s])
     return {
-        **figures(arch, draw(task, best, w), task),
+        **figures(arch, one(task, best, w), task),
         "strength": best,
-        "gradient_evaluations": GUIDED_STEPS,
+        "gradient_evaluations": steps,
         "tried": {str(k): v for k, v in tried.items()},
     }
 
@@ -169,47 +176,58 @@ def run(*, fast: bool, only: str = "") -> None:
     flow_settings = cells["Geometric, headline"]
     ledger = Ledger("transfer", fast, only)
     experiment = Experiment("mnist", symflow.zoo.mnist(), zoo, fast=fast)
-    flow, _ = experiment.fitted(flow_settings)
-    plain = "Euclidean, run, behaviour"
-    source = zoo.source
+
+    @cache
+    def headline() -> flows.Flow:
+        return experiment.fitted(flow_settings)[0]
+
+    @cache
+    def plain() -> flows.Flow:
+        return experiment.fitted(cells["Euclidean, run, behaviour"])[0]
+
+    own = experiment.arch
     told = {"steps": flow_settings.steps, "rank": flow_settings.rank, "networks": NETWORKS}
     for n in WIDTHS:
         arch = symflow.mlp([784, n, 10])
 
         def wide(arch: Architecture = arch) -> dict[str, Any]:
-            drawn = flows.transfer(flow, arch).sample(NETWORKS, steps=32, seed=7)
+            drawn = flows.transfer(headline(), arch).sample(NETWORKS, steps=32, seed=7)
             return quality(arch, drawn, experiment.task)
 
         ledger.row(Row(f"width {n}", told), wide)
     generator = torch.Generator().manual_seed(11)
-    starts = source.sample(flow.arch, NETWORKS, generator=generator)
+    starts = zoo.source.sample(own, NETWORKS, generator=generator)
     told |= {"strengths": STRENGTHS, "rates": RATES, "guided_steps": GUIDED_STEPS}
     ledger.row(
         Row("Fashion, plain descent", told),
-        lambda: chosen(flow.arch, partial(descended, flow.arch), RATES, starts),
+        lambda: chosen(own, partial(descended, own), RATES, starts),
     )
     told |= {"epochs": EPOCHS, "batch": BATCH, "rate": RATE}
-    ledger.row(Row("Fashion, from scratch", told), lambda: training_row(flow.arch, starts))
+    ledger.row(Row("Fashion, from scratch", told), lambda: training_row(own, starts))
     ledger.row(
         Row("Fashion, from flow samples", told),
-        lambda: training_row(flow.arch, flow.sample(NETWORKS, steps=32, start=starts)),
+        lambda: training_row(own, headline().sample(NETWORKS, steps=32, start=starts)),
     )
 
     def hidden_alone() -> dict[str, Any]:
-        parts = flow.arch.unflatten(flow.sample(NETWORKS, steps=32, start=starts))
-        fresh = flow.arch.unflatten(starts)
-        parts |= {key: fresh[key] for key in flow.arch.output}
-        return training_row(flow.arch, flow.arch.flatten(parts))
+        parts = own.unflatten(headline().sample(NETWORKS, steps=32, start=starts))
+        fresh = own.unflatten(starts)
+        parts |= {key: fresh[key] for key in own.output}
+        return training_row(own, own.flatten(parts))
 
     ledger.row(Row("Fashion, from flow samples with a fresh last layer", told), hidden_alone)
     ledger.row(
         Row("Fashion, guided", told),
-        lambda: chosen(
-            flow.arch,
-            partial(guided, experiment.fitted(cells[plain])[0]),
-            STRENGTHS,
-            starts,
-        ),
+        lambda: chosen(own, partial(guided, plain()), STRENGTHS, starts),
+    )
+    told |= {"strengths": MORE_STRENGTHS, "rates": MORE_RATES, "guided_steps": MORE_STEPS}
+    ledger.row(
+        Row(f"Fashion, guided by {MORE_STEPS} gradients", told),
+        lambda: chosen(own, partial(guided, plain()), MORE_STRENGTHS, starts, MORE_STEPS),
+    )
+    ledger.row(
+        Row(f"Fashion, plain descent by {MORE_STEPS} gradients", told),
+        lambda: chosen(own, partial(descended, own), MORE_RATES, starts, MORE_STEPS),
     )
 
 
