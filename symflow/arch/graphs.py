@@ -2,6 +2,7 @@
 
 import traceback
 import warnings
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -83,36 +84,54 @@ def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
         return exported.module(check_guards=False)
 
 
-def rotary_pairs(graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], set[fx.Node]]:
-    """Find rotary embeddings, ``x cos + rotate_half(x) sin`` (Su et al., 2021).
+@final
+@dataclass(frozen=True)
+class Turn:
+    """A rotary embedding in a graph.
 
-    Returns
-    -------
-    dict
-        From the node of each result to that of its ``x``.
-    set
-        The nodes in between.
+    Attributes
+    ----------
+    x
+        The node of what it turns.
+    pairing
+        Which units are pairs, as in :class:`symflow.groups.Rotary`.
+    between
+        The nodes from there to the result.
     """
-    results: dict[fx.Node, fx.Node] = {}
-    between: set[fx.Node] = set()
+
+    x: fx.Node
+    pairing: str
+    between: frozenset[fx.Node]
+
+
+def rotary_pairs(graph: fx.Graph) -> dict[fx.Node, Turn]:
+    """Find rotary embeddings, ``x cos + turned(x) sin`` (Su et al., 2021), by their results.
+
+    Units are turned in pairs: those of two halves (Llama), or neighbours (GPT-J).
+    """
+    results: dict[fx.Node, Turn] = {}
     for node in graph.nodes:
         if _name(node) not in ("add", "add_") or len(node.args) < 2:
             continue
         for plain, turned in (node.args[:2], node.args[1::-1]):
             found = _rotated(plain, turned)
             if found is not None:
-                results[node] = found[0]
-                between |= found[1]
-    return results, between
+                results[node] = found
+    return results
 
 
-def _rotated(plain: Any, turned: Any) -> tuple[fx.Node, set[fx.Node]] | None:
+def _rotated(plain: Any, turned: Any) -> Turn | None:
     if _name(plain) != "mul" or _name(turned) != "mul":
         return None
-    for half in turned.args[:2]:
-        if _name(half) not in ("cat", "concat") or len(half.args[0]) != 2:
+    for other in turned.args[:2]:
+        pairing, joined = "half", other
+        if _name(other) in ("flatten", "view", "reshape", "_unsafe_view"):
+            pairing, joined = "interleaved", other.args[0]
+        if _name(joined) not in (("cat", "concat") if pairing == "half" else ("stack",)):
             continue
-        negated, first = half.args[0]
+        if len(joined.args[0]) != 2:
+            continue
+        negated, first = joined.args[0]
         if _name(negated) != "neg" or not isinstance(negated.args[0], fx.Node):
             continue
         second = negated.args[0]
@@ -120,7 +139,8 @@ def _rotated(plain: Any, turned: Any) -> tuple[fx.Node, set[fx.Node]] | None:
         if _name(second) in cut and _name(first) in cut and second.args[0] is first.args[0]:
             x = first.args[0]
             if x in plain.args[:2]:
-                return x, {plain, turned, half, negated, first, second}
+                between = {plain, turned, other, joined, negated, first, second}
+                return Turn(x, pairing, frozenset(between))
     return None
 
 

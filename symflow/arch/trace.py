@@ -163,7 +163,8 @@ class _Interpreter(fx.Interpreter):
         self.parameters = parameters
         self.labels: dict[fx.Node, Any] = {}
         self.results: list[Value] = []
-        self.rotary, self.between = rotary_pairs(graph.graph)
+        self.rotary = rotary_pairs(graph.graph)
+        self.between = {node for turn in self.rotary.values() for node in turn.between}
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; label its result if that is a tensor."""
@@ -226,11 +227,12 @@ class _Interpreter(fx.Interpreter):
 
     def _turned(self, n: fx.Node) -> Value:
         """Label what rotary embeddings turn: only what commutes with them still acts."""
-        x: Value = self._label(self.rotary[n])
+        turn = self.rotary[n]
+        x: Value = self._label(turn.x)
         call = Call(self.tracing, "rotary embeddings", n.name, self.module, x.shape)
         for dim in x.dims[:-1]:
             self.tracing.weaken(dim, Activation(), call.name)
-        self.tracing.pair(x.dims[-1], "half", call.name)
+        self.tracing.pair(x.dims[-1], turn.pairing, call.name)
         return x
 
     def _moves(self, args: Any, options: Any) -> bool:

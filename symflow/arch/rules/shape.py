@@ -179,8 +179,10 @@ def _sliced(call: "Call", label: Label, size: int, key: slice) -> Label:
     begin, end, step = key.indices(size)
     if label == FIXED or (begin, end, step) == (0, size, 1):
         return label
+    if begin >= end:  # nothing of it is left
+        return FIXED
     sizes = tuple(n for n in (begin, end - begin, size - end) if n)
-    pieces = call.tracing.cut(label, sizes) if step == 1 and begin < end else None
+    pieces = call.tracing.cut(label, sizes) if step == 1 else None
     if pieces is None:
         call.tracing.fix(label, f"cut through at {call.path}")
         return FIXED
@@ -319,8 +321,9 @@ def _reduce(
 @rule("cat")
 def _concatenate(call: "Call", tensors: Any, dim: int = 0) -> Value:
     tensors = [x for x in tensors if math.prod(x.shape) or len(x.dims) > 1]  # torch skips (0,)
-    first, *others = tensors
-    at = dim % len(first.dims)
+    at = dim % len(tensors[0].dims)
+    first, *others = [x for x in tensors if x.shape[at]] or tensors
+    tensors = [first, *others]
     dims = list(first.dims)
     for other in others:
         for k, label in enumerate(other.dims):
@@ -331,4 +334,17 @@ def _concatenate(call: "Call", tensors: Any, dim: int = 0) -> Value:
     for x in tensors:
         parts += call.tracing.resolve(x.dims[at]).parts or ((Atom(x.shape[at]),),)
     dims[at] = label_of(parts)
+    return Value(call.shape, tuple(dims))
+
+
+@rule(torch.stack)
+@rule("stack")
+def _stacked(call: "Call", tensors: Any, dim: int = 0) -> Value:
+    first, *others = tensors
+    dims = list(first.dims)
+    for other in others:
+        for k, label in enumerate(other.dims):
+            reason = f"stacked on something that stays, at {call.path}"
+            dims[k] = call.tracing.unify(dims[k], label, reason)
+    dims.insert(dim % (len(dims) + 1), FIXED)
     return Value(call.shape, tuple(dims))
