@@ -82,14 +82,15 @@ class Finish:
     """A second stage of training, from the first one's running average.
 
     The behaviour loss is least where logits are as small as the blurred predictions of early times
-    are sure: with much of it networks are good, and less apart than they should be. The last steps
-    have less.
+    are sure: with much of it networks are good, less apart than they should be, and share errors
+    that no average takes away. The last steps have less of it, or compare mean predictions, too.
     """
 
     steps: int
     lr: float
     behaviour: float
     bridge: float
+    consensus: float = 0.0
 
 
 @final
@@ -142,7 +143,10 @@ class FlowSettings:
 
     def told(self) -> dict[str, Any]:
         """Return what a row depends on; the first ones are older than the last two settings."""
-        return {k: v for k, v in asdict(self).items() if k not in ("noisy", "finish") or v}
+        told = {k: v for k, v in asdict(self).items() if k not in ("noisy", "finish") or v}
+        if self.finish is not None and not self.finish.consensus:
+            told["finish"].pop("consensus")
+        return told
 
     def trained(self) -> dict[str, Any]:
         """Return what the trained flow depends on."""
@@ -263,7 +267,8 @@ class Experiment:
         flow = self._untrained(replace(settings, bridge=end.bridge))
         flow.field.load_state_dict(first.average.state_dict())
         stage = replace(settings, steps=end.steps, lr=end.lr, behaviour=end.behaviour)
-        flow, seconds = self._trained(flow, replace(stage, seed=settings.seed + 1), settings)
+        stage = replace(stage, seed=settings.seed + 1)
+        flow, seconds = self._trained(flow, stage, settings, end.consensus)
         return flow, before + seconds
 
     def _untrained(self, settings: FlowSettings) -> flows.Flow:
@@ -291,7 +296,7 @@ class Experiment:
         ).to(self.ledger.devices[0])
 
     def _trained(
-        self, flow: flows.Flow, stage: FlowSettings, whole: FlowSettings
+        self, flow: flows.Flow, stage: FlowSettings, whole: FlowSettings, consensus: float = 0.0
     ) -> tuple[flows.Flow, float]:
         """Train one stage, in a folder of the whole training."""
         folder = self.ledger.folder / "flows" / _folder(whole)
@@ -309,6 +314,7 @@ class Experiment:
             lr=stage.lr,
             ema=stage.ema,
             behaviour=stage.behaviour,
+            consensus=consensus,
             behaviour_inputs=stage.inputs,
             seed=stage.seed,
             log_every=max(1, stage.steps // 40),

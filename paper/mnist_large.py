@@ -22,13 +22,16 @@ def rows() -> dict[str, FlowSettings]:
     for steps in (4, 8):  # in 4 held-out runs' own ends are nearest (by_steps)
         name = f"Geometric, finished with less behaviour loss, in {steps} steps"
         found[name] = replace(apart, sampling=steps)
-    # Twice the steps change nothing; what holds averages back is that networks are too much alike.
+    # Twice the steps, or more directions of the inputs, change little: what holds averages back are
+    # errors that all samples share. To compare the means of predictions, too, takes those away.
     found["Geometric, 40,000 steps"] = replace(HEADLINE, steps=40_000)
-    # Trained networks themselves lose a part of what averages gain in 192 directions, little in
-    # 320; and less of the behaviour loss leaves samples further apart.
     wide = replace(HEADLINE, rank=320, width=68, behaviour=2.0, steps=24_000)
     found["Geometric, 320 directions"] = wide
-    found["Geometric, 320 directions, drawn with noise"] = replace(wide, noisy=1.0)
+    means = Finish(steps=1500, lr=0.003, behaviour=10.0, bridge=0.15, consensus=100.0)
+    found["Geometric, consensus"] = replace(HEADLINE, finish=means)
+    for steps in (8, 4):
+        name = f"Geometric, consensus, drawn with noise in {steps} steps"
+        found[name] = replace(HEADLINE, finish=means, noisy=1.0, sampling=steps)
     return found
 
 

@@ -239,6 +239,36 @@ def test_the_behaviour_loss_needs_inputs_and_falls(arch):
     assert divergence(behaviour=100.0) < 0.3 * divergence()
 
 
+def test_the_consensus_loss_is_that_of_mean_predictions(arch):
+    """It does not ask which end belongs to which start, and is zero where the means agree."""
+    zoo = toy_zoo(arch)
+    with pytest.raises(StateError, match="inputs="):
+        make("geometric", arch).fit(zoo, steps=1, consensus=1.0)
+    inputs = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    flow = make("geometric", arch)
+    settings = FitSettings(consensus=2.0, behaviour_inputs=len(inputs))
+    trainer = Trainer(flow, settings, zoo.initial, zoo.final, inputs, None)
+    ends = trainer.ends[:6]
+
+    def loss(guess):
+        return float(trainer._behaviour(ends, guess, torch.Generator().manual_seed(0)))
+
+    def mean(states):
+        rows = torch.randint(40, (40,), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            out = arch.apply(flow.decode_inner(states), inputs[rows])
+        return F.softmax(out, -1).mean(0)
+
+    p, q = mean(ends), mean(ends + 0.1)
+    assert loss(ends + 0.1) == pytest.approx(
+        2 * float((p * (p / q).log()).sum(-1).mean()), rel=1e-3
+    )
+    assert loss(ends.flip(0) + 0.1) == pytest.approx(loss(ends + 0.1), rel=1e-4)
+    assert abs(loss(ends.flip(0))) < 1e-6 < loss(ends + 0.1)
+    flow.fit(zoo, inputs=inputs, steps=2, consensus=1.0)
+    assert flow.history
+
+
 def test_held_out_networks_are_watched(arch):
     flow = make("balanced", arch).fit(
         toy_zoo(arch), steps=4, log_every=2, validation=toy_zoo(arch, 8, seed=1)

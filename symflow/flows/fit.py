@@ -46,7 +46,7 @@ class Trainer:
         dropout: float = 0.0,
         processes: Processes | None = None,
     ) -> None:
-        if settings.behaviour > 0 and inputs is None:
+        if settings.compares and inputs is None:
             raise StateError(
                 "the behaviour loss compares predictions on data: pass inputs=, as in "
                 "flow.fit(zoo, inputs=task.x_train, behaviour=10.0)"
@@ -71,7 +71,7 @@ class Trainer:
         self.processes = processes
         self.first = processes is None or processes.global_rank == 0
         self.inputs: Tensor | None = None
-        if inputs is not None and (settings.behaviour > 0 or _probes(flow.field) is not None):
+        if inputs is not None and (settings.compares or _probes(flow.field) is not None):
             self.inputs = _network_inputs(flow, inputs, ends)
             if flow.coordinates is not None:
                 self.inputs = flow.coordinates.features(self.inputs)
@@ -171,17 +171,17 @@ class Trainer:
             field = partial(_in_half, field)
         if flow.recipe.predicts == "velocity":
             error = flow.space.proju(x, field(x, t)) - velocity_to(flow.space, x, x1, t)
-            end = flow.predict(field, x, t) if self.settings.behaviour > 0 else x1
+            end = flow.predict(field, x, t) if self.settings.compares else x1
         else:
             end = flow.predict(field, x, t)
             error = end - x1
         loss = (error / flow.unit).square().mean()
-        if self.settings.behaviour > 0:
-            loss = loss + self.settings.behaviour * self._behaviour(x1, end, generator)
+        if self.settings.compares:
+            loss = loss + self._behaviour(x1, end, generator)
         return loss
 
     def _behaviour(self, end: Tensor, predicted: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean KL divergence between the predictions of two batches of networks."""
+        """Divergence between the predictions of two batches: of each pair, and of their means."""
         if self.inputs is None:
             raise StateError("the behaviour loss needs inputs")
         count = min(self.settings.behaviour_inputs, len(self.inputs))
@@ -191,7 +191,11 @@ class Trainer:
             # A copy: the first step of a network may change its input in place.
             truth = F.log_softmax(network.apply(self.flow.decode_inner(end), x.clone()), dim=-1)
         guess = F.log_softmax(network.apply(self.flow.decode_inner(predicted), x), dim=-1)
-        return F.kl_div(guess, truth, log_target=True, reduction="none").sum(-1).mean()
+        loss = self.settings.behaviour * _divergence(guess, truth)
+        if self.settings.consensus > 0:
+            means = (x.logsumexp(0) - math.log(len(x)) for x in (guess, truth))
+            loss = loss + self.settings.consensus * _divergence(*means)
+        return loss
 
     def _pairs(
         self, generator: torch.Generator, starts: Tensor | None, ends: Tensor, size: int
@@ -333,6 +337,11 @@ class Trainer:
         self.best = {k.removeprefix("best."): v for k, v in tensors.items() if k[:5] == "best."}
         self.best_loss = float(meta.get("best", math.inf))
         self.step = int(meta["step"])
+
+
+def _divergence(guess: Tensor, truth: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence of guesses from the truth, both log-probabilities."""
+    return F.kl_div(guess, truth, log_target=True, reduction="none").sum(-1).mean()
 
 
 def _in_half(field: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:

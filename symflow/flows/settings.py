@@ -43,6 +43,10 @@ class FitSettings:
         Weight of the behaviour loss, the mean KL divergence between the predictions of the true end
         and of the predicted one on so many random inputs. Errors that change the function count,
         others do not.
+    consensus
+        Weight of the divergence between the mean predictions of the batch's true ends and those of
+        its predicted ones, beside the behaviour loss. Errors that all samples share, which no
+        average takes away, are in it, and little of what each has by itself.
     precision
         ``"bfloat16"``: the field's matrix products are in half precision (parameters, states and
         losses are not); faster where the processor has such products.
@@ -73,6 +77,7 @@ class FitSettings:
     ema: float = 0.999
     keep: str = "last"
     behaviour: float = 0.0
+    consensus: float = 0.0
     behaviour_inputs: int = 128
     precision: str = "float32"
     seed: int = 0
@@ -85,7 +90,7 @@ class FitSettings:
             object.__setattr__(self, name, whole(name, getattr(self, name), 1))
         object.__setattr__(self, "warmup", whole("warmup", self.warmup, 0))
         object.__setattr__(self, "seed", whole("seed", self.seed, -(2**32), 2**32))
-        for name in ("lr", "weight_decay", "behaviour"):
+        for name in ("lr", "weight_decay", "behaviour", "consensus"):
             object.__setattr__(self, name, number(name, getattr(self, name)))
         object.__setattr__(self, "ema", number("ema", self.ema, below=1.0))
         object.__setattr__(self, "clip", number("clip", self.clip))
@@ -125,6 +130,11 @@ class FitSettings:
             lambda group: torch.optim.AdamW(group, **options),
         )
         return [make(group) for make, group in zip(made, groups, strict=True) if group]
+
+    @property
+    def compares(self) -> bool:
+        """Whether predictions of networks are compared."""
+        return self.behaviour > 0 or self.consensus > 0
 
     def rate(self, step: int) -> float:
         """Return the step size of a step."""
