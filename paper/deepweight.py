@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 import torch
-from experiment import Experiment, FlowSettings, ZooSettings, reduced
+from experiment import Experiment, Finish, FlowSettings, ZooSettings, reduced
 from ledger import Row
 from torch import Tensor, nn
 
@@ -135,6 +135,8 @@ def rows() -> dict[str, FlowSettings]:
     for one, name in ((OURS, "all runs"), (few, f"{THEIRS} runs")):
         found[f"Geometric, {name}"] = one
         found[f"Geometric, {name}, in 8 steps with noise"] = replace(one, sampling=8, noisy=1.0)
+    means = Finish(steps=1500, lr=0.003, behaviour=10.0, bridge=0.15, consensus=100.0)
+    found["Geometric, all runs, consensus"] = replace(OURS, finish=means)
     return found
 
 
