@@ -61,7 +61,7 @@ class Ascent:
         g, stale = self.layout.identity.clone(), set(range(len(stacks)))
         parts = g.split_with_sizes(self.layout.units)
         for k, s in enumerate(stacks):
-            if start == "identity" or not (s.widths or len(s.known)):
+            if start == "identity" or not (s.widths or s.known.count):
                 continue
             c = self._costs(k, g, s.known)
             if start == "random":
@@ -110,15 +110,15 @@ class Ascent:
         c, before = self._last[k]
         done = 0
         if before is not None:
-            done = len(before)
+            done = before.shape[0]
             moved = (at[:done] != before).nonzero().squeeze(1)
-            if 2 * len(moved) > done:
+            if 2 * moved.shape[0] > done:
                 c, done = self._fixed[k], 0
-            elif len(moved):
+            elif moved.shape[0]:
                 new = right.index_select(0, at[moved]).sub_(right.index_select(0, before[moved]))
                 c = c.addmm(left.index_select(0, moved).T, new)
-        if done < len(at):
-            c = c.addmm(left[done : len(at)].T, right.index_select(0, at[done:]))
+        if done < rows.count:
+            c = c.addmm(left[done : rows.count].T, right.index_select(0, at[done:]))
         self._last[k] = c, at
         return c
 

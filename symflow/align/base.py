@@ -112,7 +112,7 @@ class Found:
 
     def reshape(self, symmetry: Symmetry, w0: Tensor, w1: Tensor, *, seconds: float) -> "Alignment":
         """Return the result for weights (*batch, D) whose pairs, in order, are the N rows."""
-        batch = torch.broadcast_shapes(w0.shape[:-1], w1.shape[:-1])
+        batch = broadcast(w0.shape[:-1], w1.shape[:-1])
         shaped = partial(_shaped, batch)
         element = {name: map_element(shaped, g) for name, g in self.element.items()}
         if self.weights is None or w1.requires_grad:
@@ -129,6 +129,17 @@ class Found:
             seconds=seconds,
             losses=None if losses is None else losses.reshape(len(losses), *batch),
         )
+
+
+def broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
+    """Return the common shape of two batches: at once where one is a part of the other.
+
+    Examples
+    --------
+    >>> broadcast(torch.Size([]), torch.Size([3])), broadcast(torch.Size([2, 1]), torch.Size([3]))
+    (torch.Size([3]), torch.Size([2, 3]))
+    """
+    return b if a in (b, ()) else torch.broadcast_shapes(a, b)
 
 
 def _shaped(batch: torch.Size, part: Tensor) -> Tensor:
@@ -186,7 +197,7 @@ def objective(
     >>> objective(arch.symmetry, torch.ones(4), torch.arange(4.0))
     tensor(6.)
     """
-    counted = sum(leaf.size for leaf in symmetry.leaves if leaf.learnable)
+    counted = symmetry.num_parameters
     w0, w1 = w0[..., :counted], w1[..., :counted]
     if w0[..., 0].numel() == 1 and w0.dtype == w1.dtype and w1.ndim >= w0.ndim:
         return w1 @ w0.flatten()  # one network against all: no products are written down

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from operator import itemgetter
 from typing import final
 
@@ -40,11 +40,13 @@ class Rows:
 
     def first(self, count: int) -> "Rows":
         """Return the first rows; these themselves if that is all of them."""
-        if count == len(self):
+        if count == self.count:
             return self
         return Rows(self.base[:count], self.stride[:count], self.unit[:count])
 
-    def __len__(self) -> int:
+    @cached_property
+    def count(self) -> int:
+        """How many rows there are."""
         return len(self.base)
 
 
@@ -121,7 +123,7 @@ def layout(symmetry: Symmetry) -> Layout | None:
     --------
     >>> import symflow
     >>> found = layout(symflow.mlp([3, 4, 5, 2]).symmetry.compact)
-    >>> [(x.name, x.widths, len(x.rows)) for x in found.stacks]
+    >>> [(x.name, x.widths, x.rows.count) for x in found.stacks]
     [('h1', (3, 1), 5), ('h2', (1, 2), 4)]
     >>> layout(symflow.mlp([3, 4, 2], "tanh").symmetry) is None    # signs, too
     True
@@ -139,11 +141,11 @@ def layout(symmetry: Symmetry) -> Layout | None:
         spans[axis.name] = slice(begin, begin + axis.size)
     found = [_stack(a.name, g, leaves, spans) for a, g in zip(symmetry.axes, groups, strict=True)]
     stacks = tuple(stack for stack, _ in found)
-    counts = [(sum(x.widths) * x.group.size, len(x.rows) * x.group.size) for x in stacks]
+    counts = [(sum(x.widths) * x.group.size, x.rows.count * x.group.size) for x in stacks]
     flat = [x for x in leaves if len(x.dims) == 1]
     return Layout(
         stacks,
-        torch.cat([index for _, index in found]).int(),
+        torch.cat([index for _, index in found]),
         [n for pair in counts for n in pair],
         [x.group.size for x in stacks for _ in range(2)],
         torch.cat([torch.arange(group.size) for group in groups]),

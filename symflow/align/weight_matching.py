@@ -15,7 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.align.ascent import Ascent
-from symflow.align.base import Aligner, Alignment, Found, Status, better, objective, require_compact
+from symflow.align.base import (
+    Aligner,
+    Alignment,
+    Found,
+    Status,
+    better,
+    broadcast,
+    objective,
+    require_compact,
+)
 from symflow.align.costs import Contraction, inner_product, nearest
 from symflow.align.stacks import layout
 from symflow.arch import Axis, Element, Symmetry
@@ -83,7 +92,7 @@ class WeightMatching(Aligner):
         """Align every pair of the broadcast batch; O(sweeps x (weights x width + width^3)) each."""
         require_compact(symmetry)
         began = time.perf_counter()
-        batch = torch.broadcast_shapes(w0.shape[:-1], w1.shape[:-1])
+        batch = broadcast(w0.shape[:-1], w1.shape[:-1])
         right = w1.detach().expand(*batch, w1.shape[-1]).reshape(-1, w1.shape[-1])
         left = w0.detach().reshape(-1, w0.shape[-1])
         if left.shape[0] > 1:
@@ -106,8 +115,8 @@ class WeightMatching(Aligner):
     def _starts(self, symmetry: Symmetry) -> Sequence[str]:
         if self.starts is not None:
             return self.starts
-        weights = sum(leaf.size for leaf in symmetry.leaves if leaf.learnable)
-        return ("sequential", "random") if weights <= _FEW else ("sequential",)
+        few = symmetry.num_parameters <= _FEW
+        return ("sequential", "random") if few else ("sequential",)
 
     def ascend_from(
         self,

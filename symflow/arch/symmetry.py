@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
@@ -58,6 +58,19 @@ class Symmetry:
     leaves: tuple[Leaf, ...]
     axes: tuple[Axis, ...]
     fixed: tuple[Axis, ...] = ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once: caches look it up at every call."""
+        return hash((self.leaves, self.axes, self.fixed))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number of learnable coordinates; they are the first ones."""
+        return sum(leaf.size for leaf in self.leaves if leaf.learnable)
 
     def identity(self, *, like: Tensor) -> Element:
         """Return the element that moves nothing."""
@@ -226,7 +239,7 @@ class Symmetry:
         rule = "-" * max(map(len, lines))
         return "\n".join([lines[0], rule, *lines[1:]])
 
-    @property
+    @cached_property
     def _dimension(self) -> int:
         return sum(leaf.size for leaf in self.leaves)
 

@@ -3,10 +3,10 @@
 import importlib.util
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -139,7 +139,10 @@ def assignment(c: Float[Tensor, "*batch n m"]) -> Int[Tensor, "*batch n"]:
     tensor([2, 0])
     """
     n, m = c.shape[-2:]
-    matrices = c.detach().to("cpu").reshape(-1, n, m)
+    matrices = c.detach().to("cpu")
+    if c.ndim == 2 and n == m and has_lapx() and math.isfinite(float(matrices.sum())):
+        return torch.from_numpy(_by_lapx(matrices[None])[0].astype(np.int64)).to(c.device)
+    matrices = matrices.reshape(-1, n, m)
     # The sum tells, but where it overflows.
     if not (math.isfinite(float(matrices.sum())) or bool(matrices.isfinite().all())):
         bad = int((~matrices.isfinite()).sum())
@@ -158,9 +161,16 @@ def has_lapx() -> bool:
     return importlib.util.find_spec("lap") is not None
 
 
-def _by_lapx(c: Float[Tensor, "N n n"]) -> Sequence[NDArray[np.int64]]:
+@cache
+def _lapx() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the solvers for one matrix and for many: lap looks them up anew at each import."""
     from lap import lapjvr, lapjvr_batch
 
+    return lapjvr, lapjvr_batch
+
+
+def _by_lapx(c: Float[Tensor, "N n n"]) -> Sequence[NDArray[np.int64]]:
+    lapjvr, lapjvr_batch = _lapx()
     costs = (-c if c.dtype in (torch.float32, torch.float64) else -c.double()).numpy()
     if len(costs) == 1:
         return [lapjvr(costs[0], return_cost=False)[1]]
