@@ -29,7 +29,7 @@ def rows() -> dict[str, FlowSettings]:
     found["Geometric, 320 directions"] = wide
     means = Finish(steps=1500, lr=0.003, behaviour=10.0, bridge=0.15, consensus=100.0)
     found["Geometric, consensus"] = replace(HEADLINE, finish=means)
-    for steps in (8, 4, 2):
+    for steps in (8, 4, 3, 2):
         name = f"Geometric, consensus, drawn with noise in {steps} steps"
         found[name] = replace(HEADLINE, finish=means, noisy=1.0, sampling=steps)
     return found

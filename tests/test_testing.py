@@ -231,6 +231,7 @@ def test_a_class_without_a_strategy_is_named():
 def test_concrete_classes_leave_out_what_is_abstract_private_or_elsewhere():
     assert {cls.__name__ for cls in concrete_classes(Section, "symflow.sections")} == {
         "BalancedSection",
+        "CentredSection",
         "FlatSection",
         "SphereSection",
     }
