@@ -8,12 +8,11 @@ in 100 steps. It runs here in our engine, on an architecture whose neurons may n
 
 import itertools
 import time
-from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 import torch
-from experiment import Experiment, Finish, FlowSettings, ZooSettings, reduced
+from experiment import Experiment, Finish, FlowSettings, ZooSettings, asked, reduced
 from ledger import Row
 from torch import Tensor, nn
 
@@ -153,29 +152,13 @@ def plain_rows() -> dict[str, PlainSettings]:
 
 def main() -> None:
     """Run from the command line."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--fast", action="store_true", help="reduced sizes: to try the machinery")
-    parser.add_argument("--only", default="", help="rows whose names hold this")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu", help="where flows are trained")
-    parser.add_argument("--zoo-device", help="where the zoo is, if not there, too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = asked(__doc__ or "")
     zoo, ours, theirs = ZOO, rows(), plain_rows()
-    if options.fast:
+    if options["fast"]:
         zoo, ours = reduced(zoo, ours)
         small = {"steps": 20, "runs": 48, "samples": 8}
         theirs = {name: replace(one, **small) for name, one in theirs.items()}
-    experiment = Experiment(
-        "deepweight",
-        symflow.zoo.mnist(),
-        zoo,
-        fast=options.fast,
-        only=options.only,
-        device=options.device,
-        zoo_device=options.zoo_device,
-        audited=AUDITED,
-    )
+    experiment = Experiment("deepweight", symflow.zoo.mnist(), zoo, audited=AUDITED, **options)
     experiment.run(ours)
     for name, one in theirs.items():
         row = Row(name, {"zoo": asdict(zoo), **asdict(one)})

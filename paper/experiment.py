@@ -362,19 +362,24 @@ def reduced(
     }
 
 
-def main(
-    name: str, task: Callable[[], Task], zoo: ZooSettings, rows: dict[str, FlowSettings], told: str
-) -> None:
-    """Run one experiment from the command line."""
+def asked(told: str) -> dict[str, Any]:
+    """Read the command line: options of an :class:`Experiment`; threads are set at once."""
     parser = ArgumentParser(description=told)
     parser.add_argument("--fast", action="store_true", help="reduced sizes: to try the machinery")
     parser.add_argument("--only", default="", help="rows whose names hold this")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="where flows are trained")
     parser.add_argument("--zoo-device", help="where the zoo is, if not there, too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.fast:
+    options = vars(parser.parse_args())
+    torch.set_num_threads(options.pop("threads"))
+    return options
+
+
+def main(
+    name: str, task: Callable[[], Task], zoo: ZooSettings, rows: dict[str, FlowSettings], told: str
+) -> None:
+    """Run one experiment from the command line."""
+    options = asked(told)
+    if options["fast"]:
         zoo, rows = reduced(zoo, rows)
-    place = {"device": options.device, "zoo_device": options.zoo_device, "only": options.only}
-    Experiment(name, task(), zoo, fast=options.fast, **place).run(rows)
+    Experiment(name, task(), zoo, **options).run(rows)

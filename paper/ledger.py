@@ -74,8 +74,7 @@ class Ledger:
         found = {
             "settings": plain["settings"],
             "figures": figures,
-            # Where only a copy of the files is, whoever made it says of what.
-            "commit": _git("rev-parse", "HEAD") or os.environ.get("PAPER_COMMIT", ""),
+            "commit": _git("rev-parse", "HEAD"),
             "changed": bool(_git("status", "--porcelain", "--", "symflow", "paper/*.py")),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
@@ -121,8 +120,5 @@ def _name(device: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    try:
-        found = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
-    except FileNotFoundError:  # not installed
-        return ""
+    found = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
     return found.stdout.strip() if found.returncode == 0 else ""

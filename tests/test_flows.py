@@ -244,6 +244,10 @@ def test_the_consensus_loss_is_that_of_mean_predictions(arch):
     zoo = toy_zoo(arch)
     with pytest.raises(StateError, match="inputs="):
         make("geometric", arch).fit(zoo, steps=1, consensus=1.0)
+    two = SimpleNamespace(world_size=2, global_rank=0, all_reduce=max, barrier=max)
+    with pytest.raises(StateError, match="train with one process, or leave it out"):
+        shared = FitSettings(consensus=1.0)
+        Trainer(make("geometric", arch), shared, None, zoo.final, zoo.final, None, processes=two)
     inputs = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     flow = make("geometric", arch)
     settings = FitSettings(consensus=2.0, behaviour_inputs=len(inputs))

@@ -103,10 +103,7 @@ def test_false_claims_are_refused(encoder):
     claim = [Shift("0.weight", 0)]
     assert Shifts.of(arch, claim).dimension == 3
     wrong = arch.symmetry.axes[0].name
-    scaled = arch.__class__(
-        **{k: getattr(arch, k) for k in ("module", "inputs", "leaves", "output", "aliases")},
-        symmetry=_with_scales(arch.symmetry, wrong),
-    )
+    scaled = replace(arch, symmetry=_with_scales(arch.symmetry, wrong))
     with pytest.raises(SymmetryError, match="turn what it adds into something else"):
         Shifts.of(scaled, claim)
 

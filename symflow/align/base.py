@@ -161,7 +161,7 @@ class PairedAligner(Aligner):
         """Align every pair of the broadcast batch."""
         require_compact(symmetry)
         began = time.perf_counter()
-        batch = torch.broadcast_shapes(w0.shape[:-1], w1.shape[:-1])
+        batch = broadcast(w0.shape[:-1], w1.shape[:-1])
         left, right = (
             w.detach().expand(*batch, w.shape[-1]).reshape(-1, w.shape[-1]) for w in (w0, w1)
         )

@@ -167,5 +167,5 @@ def align_to_centre(
 
 
 def _spread(symmetry: Symmetry, moved: Tensor) -> Tensor:
-    counted = sum(leaf.size for leaf in symmetry.leaves if leaf.learnable)
+    counted = symmetry.num_parameters
     return (moved - moved.mean(0))[:, :counted].square().sum()

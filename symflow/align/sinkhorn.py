@@ -136,7 +136,7 @@ class Sinkhorn(PairedAligner):
     def _loss(self, symmetry: Symmetry, w0: Tensor, moved: Tensor, t: float) -> Tensor:
         if self.loss is not None:
             return evaluate(self.loss, torch.lerp(w0, moved, t))
-        counted = sum(leaf.size for leaf in symmetry.leaves if leaf.learnable)
+        counted = symmetry.num_parameters
         a, b = w0[:, :counted], moved[:, :counted]
         return (a - b).square().sum(1) / a.square().sum(1).clamp_min(VARIANCE_FLOOR)
 

@@ -154,7 +154,7 @@ class Architecture:
     @cached_property
     def num_parameters(self) -> int:
         """Number P of learnable coordinates; they are the first ones."""
-        return sum(leaf.size for leaf in self.leaves if leaf.learnable)
+        return self.symmetry.num_parameters
 
     @cached_property
     def fingerprint(self) -> str:

@@ -48,8 +48,8 @@ class Trainer:
     ) -> None:
         if settings.compares and inputs is None:
             raise StateError(
-                "the behaviour loss compares predictions on data: pass inputs=, as in "
-                "flow.fit(zoo, inputs=task.x_train, behaviour=10.0)"
+                "the behaviour and consensus losses compare predictions on data: pass inputs=, as "
+                "in flow.fit(zoo, inputs=task.x_train, behaviour=10.0)"
             )
         if settings.keep == "best" and validation is None:
             raise StateError(
@@ -65,6 +65,11 @@ class Trainer:
             raise ShapeError(
                 f"batch_size = {settings.batch_size} cannot be shared by {processes.world_size} "
                 "processes: choose a multiple"
+            )
+        if processes is not None and processes.world_size > 1 and settings.consensus > 0:
+            raise StateError(
+                "consensus= compares the means of a whole batch, of which each process sees a "
+                "share: train with one process, or leave it out"
             )
         self.flow = flow
         self.settings = settings
