@@ -39,11 +39,19 @@ SLACK = {"uniform": 1e-6}
 STEP = 1e-6
 # Random weights tried until nothing is left unexplained; the least nullity is stored.
 TRIES = 40
+# Outputs for each parameter: logits of all words show a few units only, so that more are needed
+# where inputs are words.
+OUTPUTS, WORDS = 3, 12
 JACOBIAN = 3000  # parameters up to which the nullity is computed
 # Leaves of networks in which maps follow, or stand beside, each other without anything between.
 PRODUCTS = {
     "low-rank factors": ("base.weight", "down", "up"),
     "linear network": tuple(f"{k}.{name}" for k in range(4) for name in ("weight", "bias")),
+}
+# A leaf that holds queries, keys and values of each head, cut inside the head, and what reads them.
+_NEOX = "gpt_neox.layers.0.attention"
+HEADS = {
+    "GPT-NeoX": tuple(f"{_NEOX}.{x}" for x in ("query_key_value.weight", "dense.weight")),
 }
 KINDS = {
     "shifts": "translations that arch.Shifts finds and a quotient can take away",
@@ -61,6 +69,8 @@ KINDS = {
     "rotation": "a linear map of the units that a norm sees, in each leaf by itself: norms "
     "commute with rotations of a stream (about its mean), gains aside, as in arch.fold_gains",
     "products": "a matrix beside, or behind, a product of two: within the leaves of these",
+    "heads": "values and outputs of a head are a product of two maps, but its leaf is cut inside "
+    "heads, into parts that arch.Architecture keeps as they are: symmetries that are not found",
 }
 
 
@@ -127,7 +137,8 @@ def jacobian(arch: Architecture, w: Tensor, entry: Entry, generator: torch.Gener
     fixed = {k: v for k, v in arch.state_dict(w).items() if k not in learnable}
     fixed = {k: v for k, v in fixed.items() if k not in dict(arch.aliases)}
     scales = itertools.cycle((1.0, 3.0, 10.0))  # units that are off on small inputs
-    while len(rows) < 3 * count:
+    wanted = count * (OUTPUTS if all(x.is_floating_point() for x in entry.inputs) else WORDS)
+    while len(rows) < wanted:
         scale = next(scales)
         inputs = [x * scale if x.is_floating_point() else x for x in draw(entry, generator)]
 
@@ -137,7 +148,7 @@ def jacobian(arch: Architecture, w: Tensor, entry: Entry, generator: torch.Gener
             return torch.cat([x.reshape(-1) for x in tensors_of(result)])
 
         rows = torch.cat([rows, jacrev(outputs)(w[:count]).reshape(-1, count)])
-    return rows
+    return torch.linalg.qr(rows, mode="r").R  # the same null space, of a fraction of the rows
 
 
 def explained(
@@ -148,7 +159,6 @@ def explained(
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")
         slope = jacobian(arch, w, entry, generator)
-    slope = torch.linalg.qr(slope, mode="r").R  # the same null space, of a third of the rows
     null = invisible(slope)
     found = tangent(arch, w)
     outside = (found - found @ null.mT @ null).norm(dim=1)
@@ -291,6 +301,8 @@ def spans(arch: Architecture, entry: Entry, w: Tensor, slope: Tensor) -> dict[st
             both = torch.cat([eye[leaf.span], *biases])
             pairs.append(invisible(slope @ both.mT, float(size.max())) @ both)
     products = [eye[leaf.span] for leaf in learnable if leaf.key in PRODUCTS.get(entry.name, ())]
+    inside = [key for name, keys in HEADS.items() if name in entry.name for key in keys]
+    heads = [eye[leaf.span] for leaf in learnable if leaf.key in inside]
     return {
         "unused": eye[size <= NULL * size.max()],
         "alone": torch.cat(alone),
@@ -301,6 +313,7 @@ def spans(arch: Architecture, entry: Entry, w: Tensor, slope: Tensor) -> dict[st
         "centring": torch.cat([flat, *constants]),
         "rotation": torch.cat([eye[:0], *rotations(arch, w)]),
         "products": torch.cat([eye[:0], *products]),
+        "heads": torch.cat([eye[:0], *heads]),
     }
 
 

@@ -134,8 +134,12 @@ def rows() -> dict[str, FlowSettings]:
     for one, name in ((OURS, "all runs"), (few, f"{THEIRS} runs")):
         found[f"Geometric, {name}"] = one
         found[f"Geometric, {name}, in 8 steps with noise"] = replace(one, sampling=8, noisy=1.0)
-    means = Finish(steps=1500, lr=0.003, behaviour=10.0, bridge=0.15, consensus=100.0)
-    found["Geometric, all runs, consensus"] = replace(OURS, finish=means)
+    # Consensus spreads samples: fewer steps, or less of it, keep each one nearer to trained ones.
+    for weight, name in ((100.0, "consensus"), (20.0, "consensus 20")):
+        means = Finish(steps=1500, lr=0.003, behaviour=10.0, bridge=0.15, consensus=weight)
+        for steps in (32, 4):
+            row = f"Geometric, all runs, {name}" + (f", in {steps} steps" if steps < 32 else "")
+            found[row] = replace(OURS, finish=means, sampling=steps)
     return found
 
 

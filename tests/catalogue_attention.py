@@ -185,6 +185,10 @@ _GAIN = "1 sign scale each"
 _HEADS = ("2 perm", "4 linear each", "4 linear each")
 _SEQUENCE = (torch.zeros(2, 4, 3),)
 _TOKENS = (torch.randint(23, (2, 5), generator=torch.Generator().manual_seed(0)),)
+# An MLP beside an attention reads one word at a time: on fewer words than these, some directions of
+# its weights would be shown by none of them.
+_WORDS = 40
+_MORE = (torch.randint(_WORDS, (2, 5), generator=torch.Generator().manual_seed(0)),)
 _IMAGE = (torch.zeros(2, 3, 16, 16),)
 
 # name, how to make it, example inputs, axes
@@ -326,7 +330,7 @@ ATTENTION: tuple[tuple[str, Callable[[], nn.Module], tuple[Any, ...], tuple[str,
         "GPT-J (transformers): neighbours are pairs of rotary embeddings",
         pretrained(
             "GPTJForCausalLM",
-            vocab_size=23,
+            vocab_size=_WORDS,
             n_embd=8,
             n_layer=1,
             n_head=2,
@@ -335,14 +339,14 @@ ATTENTION: tuple[tuple[str, Callable[[], nn.Module], tuple[Any, ...], tuple[str,
             rotary_dim=4,
             use_cache=False,
         ),
-        _TOKENS,
+        _MORE,
         ("8 perm", *(_GAIN,) * 2, "12 perm", "2 perm", "4 rotary each", "4 linear each"),
     ),
     (
         "GPT-NeoX (transformers): half of each head is turned, so queries and keys stay",
         pretrained(
             "GPTNeoXForCausalLM",
-            vocab_size=23,
+            vocab_size=_WORDS,
             hidden_size=8,
             num_hidden_layers=1,
             num_attention_heads=2,
@@ -351,7 +355,7 @@ ATTENTION: tuple[tuple[str, Callable[[], nn.Module], tuple[Any, ...], tuple[str,
             rotary_pct=0.5,
             use_cache=False,
         ),
-        _TOKENS,
+        _MORE,
         ("8 perm", *(_GAIN,) * 3, "12 perm", "2 perm"),
     ),
     (
