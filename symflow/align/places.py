@@ -47,13 +47,19 @@ def permutations(plain: set[str], leaf: Leaf) -> tuple[tuple[int, str], ...] | N
     return found if simple and not any(d.within is not None for d in leaf.dims) else None
 
 
-def permute(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Pick along a dimension of x (N, ...) by an index (N, n): whole rows where that can be."""
+def permute(x: Tensor, dim: int, index: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Pick along a dimension of x (N, ...) by an index (N, n): whole rows where that can be.
+
+    Or of the networks ``rows`` of x, which the index is for.
+    """
     if x.shape[0] == 1 == index.shape[0]:
         return x.index_select(dim, index[0])
-    if dim == 1 and len(x) == len(index):
-        start = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-        return x.flatten(0, 1).index_select(0, (index + start).flatten()).view(x.shape)
+    if dim == 1 and (rows is not None or len(x) == len(index)):
+        start = torch.arange(len(x), device=x.device) if rows is None else rows
+        at = (index + start[:, None] * x.shape[1]).flatten()
+        return x.flatten(0, 1).index_select(0, at).view(len(index), *x.shape[1:])
+    if rows is not None and len(rows) < len(x):
+        x = x[rows]
     at = index.reshape(len(index), *(1,) * (dim - 1), -1, *(1,) * (x.ndim - dim - 1))
     return torch.take_along_dim(x, at, dim)
 
