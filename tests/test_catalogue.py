@@ -1,9 +1,12 @@
 """Every architecture of the catalogue has the symmetry that was worked out by hand."""
 
+import importlib
+
 import pytest
 import torch
 from catalogue import CATALOGUE, told
 from torch import nn
+from torch_geometric.nn import GATv2Conv
 
 import symflow
 from symflow.groups import map_element
@@ -94,14 +97,94 @@ def test_the_order_of_elements_over_an_axis_is_seen():
     assert not torch.allclose(symmetry.act(apart, w), both, rtol=0.1, atol=0.1)
 
 
-def test_axes_over_axes_can_be_fixed_for_graphs():
+def attention():
     entry = next(e for e in CATALOGUE if e.name == "transformer, attention written out")
-    arch = symflow.Architecture.from_module(entry.make(), *entry.inputs)
-    w = torch.zeros(arch.dimension)
-    with pytest.raises(symflow.errors.UnsupportedModuleError, match=r"with_groups\(\{'h1\.1'"):
-        arch.to_graph(w)
-    over = {a.name: symflow.Trivial(a.size) for a in arch.axes if a.over is not None}
-    assert arch.with_groups(over).to_graph(w)["h1"].x.shape[0] == 8
+    return symflow.Architecture.from_module(entry.make(), *entry.inputs)
+
+
+class Convolutions(nn.Module):
+    """Three rounds: from units to their head, back, and out of what they heard."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(GATv2Conv(8, 8, edge_dim=8) for _ in range(3))
+
+    def forward(self, x, edge_index, edge_attr):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x, edge_index, edge_attr))
+        return x
+
+
+def tokens(arch):
+    field = symflow.nn.RelationalTransformer(arch, width=8, depth=2, groups="permutation")
+    return shaken(field.double())
+
+
+def graph_field(arch):
+    graph = importlib.import_module("symflow.nn.graph")
+    network = Convolutions()
+    field = graph.GraphField(network, arch, channels=8, edge_channels=8, groups="permutation")
+    return shaken(field.double())
+
+
+def shaken(field):
+    """Give all parameters values, the last layer's zeros too."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in field.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) / 3)
+    return field
+
+
+def test_fields_commute_with_every_architecture(entry, arch):
+    """Axes over others too: each unit inside a head is a token, whatever the leaves."""
+    field, generator = tokens(arch), torch.Generator().manual_seed(4)
+    assert torch.equal(field.layout.order.sort().values, torch.arange(arch.dimension))
+    w = torch.randn(2, arch.dimension, generator=generator, dtype=torch.float64)
+    t = torch.rand(2, generator=generator, dtype=torch.float64)
+    g = field.symmetry.random(generator=generator, like=w)
+    out = field(w, t).detach()
+    moved = field(field.symmetry.act(g, w), t).detach()
+    assert (moved - field.symmetry.act(g, out)).abs().max() <= 1e-9 * out.abs().max()
+
+
+@pytest.mark.parametrize("make", [tokens, graph_field])
+def test_fields_see_which_units_are_in_a_head(make):
+    """If all pairs of a head and a unit inside were alike, units could move between heads."""
+    arch = attention()
+    field, generator = make(arch), torch.Generator().manual_seed(5)
+    w = torch.randn(1, arch.dimension, generator=generator, dtype=torch.float64)
+    t = torch.full((1,), 0.5, dtype=torch.float64)
+
+    def exchanged(w, axis):
+        """Exchange units of two heads: an element of the permutations of all pairs."""
+        found = w.clone()
+        for leaf in arch.leaves:
+            dims = [k for k, dim in enumerate(leaf.dims) if dim.axis == axis]
+            if dims:
+                x = found[0, leaf.span].view(leaf.shape)
+                x = x.movedim((leaf.dims[dims[0]].within, dims[0]), (0, 1))
+                one, two = x[0, 0].clone(), x[1, 0].clone()
+                x[0, 0], x[1, 0] = two, one
+        return found
+
+    out = field(w, t).detach()
+    for axis in ("h2.1", "h2.2"):  # queries and keys, values
+        moved = exchanged(w, axis)
+        assert not torch.equal(moved, w)
+        assert not torch.allclose(field(moved, t).detach(), exchanged(out, axis), rtol=1e-6)
+    g = field.symmetry.random(generator=generator, like=w)
+    moved = field(field.symmetry.act(g, w), t).detach()
+    assert torch.allclose(moved, field.symmetry.act(g, out), rtol=1e-9)
+
+
+def test_units_inside_heads_are_nodes_of_graphs():
+    arch = attention()
+    w = torch.randn(arch.dimension, generator=torch.Generator().manual_seed(0))
+    graph = arch.to_graph(w)
+    assert graph["h2 x h2.1"].x.shape[0] == 8
+    assert graph["h2", "has", "h2 x h2.1"].edge_index[0].tolist() == [0] * 4 + [1] * 4
+    assert torch.equal(importlib.import_module("symflow.nn.graph").from_graph(arch, graph), w)
 
 
 def test_no_unit_is_left_out():

@@ -18,7 +18,9 @@ def to_graph(arch: Architecture, w: Float[Tensor, "*batch D"]) -> Any:
 
     Node types are the axes on which a symmetry acts, with the weights that touch no other axis as
     features, and ``"global"`` (one node) with the weights that touch none. Edge types are
-    ``(axis, "weight", axis)`` with the weights between both.
+    ``(axis, "weight", axis)`` with the weights between both. Units of axes over another one, as
+    those inside attention heads, are node types such as ``"h2 x h2.1"``; edges without weights,
+    ``("h2", "has", "h2 x h2.1")``, say which of them belong to one head.
 
     Parameters
     ----------
@@ -60,6 +62,11 @@ def to_graph(arch: Architecture, w: Float[Tensor, "*batch D"]) -> Any:
         edges = graph[source.name, "weight", target.name]
         edges.edge_index = _pairs(source.size, target.size).to(w.device)
         edges.edge_attr = x
+    for root, k in layout.members:
+        names = layout.nodes[root].name, layout.nodes[k].name
+        units = layout.unit_of(root, k)
+        has = torch.stack([units, torch.arange(len(units))])
+        graph[names[0], "has", names[1]].edge_index = has.to(w.device)
     return graph
 
 
@@ -91,7 +98,8 @@ class GraphField(VectorField):
     """Any PyTorch Geometric network as a vector field.
 
     The graph has one node for each unit on which a symmetry acts and one global node, which is
-    joined to all others; weights between two such axes are edges in both directions. Each kind of
+    joined to all others; weights between two such axes are edges in both directions, and so is what
+    belongs together, as a head and the units inside. Each kind of
     node and edge is embedded by its own linear map (time comes in at every node), the network
     passes messages, and linear maps read the new numbers from its node embeddings. Message passing
     commutes with permutations, so the field does.
@@ -141,7 +149,8 @@ class GraphField(VectorField):
             self.whole_in = nn.Linear(self.layout.features + 1, channels)
             self.nodes_in = nn.ModuleList(nn.Linear(b.features + 1, channels) for b in nodes)
             self.edges_in = nn.ModuleList(nn.Linear(e.features, edge_channels) for e in edges)
-            self.kinds = nn.Parameter(torch.randn(2 * len(nodes), edge_channels))
+            kinds = 2 * (len(nodes) + len(self.layout.members))
+            self.kinds = nn.Parameter(torch.randn(kinds, edge_channels))
             self.whole_out = nn.Linear(out, self.layout.features)
             self.nodes_out = nn.ModuleList(nn.Linear(out, b.features) for b in nodes)
             self.edges_out = nn.ModuleList(
@@ -179,9 +188,10 @@ class GraphField(VectorField):
         return x + moved if self.residual else moved
 
     def _attributes(self, edges: list[Tensor], batch: int) -> Tensor:
-        """Edge features in the order of ``edge_index``: both directions, then the global node's."""
+        """Edge features in the order of ``edge_index``: both directions, without weights last."""
         pieces = [x for e in edges for x in (e, e)]
-        for k, block in enumerate(self.layout.nodes):
+        others = [self.layout.nodes[k] for _, k in self.layout.members]
+        for k, block in enumerate((*self.layout.nodes, *others)):
             for kind in self.kinds[2 * k : 2 * k + 2]:
                 pieces.append(kind.expand(batch, block.size, -1))
         return torch.cat(pieces, dim=1)
@@ -210,7 +220,7 @@ def _pairs(n: int, m: int) -> Tensor:
 
 
 def _all_edges(layout: Layout) -> Tensor:
-    """Edges of one network: both directions of every block, and to and from the global node 0."""
+    """Edges of one network, both directions: weights, the global node 0, what belongs together."""
     starts = [1]
     for block in layout.nodes:
         starts.append(starts[-1] + block.size)
@@ -222,5 +232,9 @@ def _all_edges(layout: Layout) -> Tensor:
     for start, block in zip(starts, layout.nodes, strict=False):
         units = torch.arange(block.size) + start
         down = torch.stack([torch.zeros_like(units), units])
+        pieces += [down, down.flip(0)]
+    for root, k in layout.members:
+        units = layout.unit_of(root, k)
+        down = torch.stack([units + starts[root], torch.arange(len(units)) + starts[k]])
         pieces += [down, down.flip(0)]
     return torch.cat(pieces, dim=1)

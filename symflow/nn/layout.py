@@ -22,7 +22,8 @@ class NodeBlock:
     Attributes
     ----------
     name
-        The axis they are the units of, or ``input`` or ``output``.
+        The axis they are the units of, or ``input`` or ``output``. Units of axes over another one,
+        as those inside heads, are nodes for each of its units: ``h3 x h3.1``.
     size
         Number of nodes.
     features
@@ -35,6 +36,23 @@ class NodeBlock:
     size: int
     features: int
     alike: bool
+
+
+@final
+@dataclass(frozen=True)
+class Family:
+    """Node blocks of an axis and of those over it: nodes of the same unit belong together.
+
+    Attributes
+    ----------
+    root
+        Index of the node block of the axis itself.
+    blocks
+        Indices of all of them; nodes of each block stand unit by unit.
+    """
+
+    root: int
+    blocks: tuple[int, ...]
 
 
 @final
@@ -69,6 +87,8 @@ class Layout:
     order
         Where in the flat vector the graph's numbers stand: global ones, then nodes (n, F) block by
         block, then edges (n, m, F). Each coordinate occurs once.
+    families
+        The node blocks that belong together: none where no axis is over another one.
 
     Examples
     --------
@@ -84,6 +104,7 @@ class Layout:
     edges: tuple[EdgeBlock, ...]
     features: int
     order: Tensor
+    families: tuple[Family, ...] = ()
 
     @property
     def sizes(self) -> list[int]:
@@ -97,6 +118,18 @@ class Layout:
     def pairs(self, edge: EdgeBlock) -> int:
         """Return the number of edges of a block."""
         return self.nodes[edge.source].size * self.nodes[edge.target].size
+
+    @property
+    def members(self) -> tuple[tuple[int, int], ...]:
+        """Node blocks of axes with those of axes over them, of whose nodes each unit has some."""
+        return tuple(
+            (family.root, k) for family in self.families for k in family.blocks if k != family.root
+        )
+
+    def unit_of(self, root: int, block: int) -> Tensor:
+        """Which unit of a root block each node of another block of its family belongs to."""
+        units, size = self.nodes[root].size, self.nodes[block].size
+        return torch.arange(units).repeat_interleave(size // units)
 
     @cached_property
     def inverse(self) -> Tensor:
@@ -144,27 +177,43 @@ class Parts:
         return torch.cat([self.whole, *pieces], dim=-1)
 
 
+# The axes that a node is a unit of: one, and those over it.
+Key = tuple[str, ...]
+
+
 def symmetric_layout(arch: Architecture, *, extra: int = 0) -> Layout:
     """Make nodes only where a symmetry acts.
 
     A leaf with no symmetric axis gives global numbers, with one numbers at the nodes of that axis,
-    with two numbers at the edges between both; its other dimensions are the features.
+    with two numbers at the edges between both; its other dimensions are the features. An axis
+    counts together with those over it in the leaf: of attention heads and the units inside, each
+    pair is a node.
 
     Raises
     ------
     UnsupportedModuleError
         If a leaf has more than two symmetric axes.
+
+    Examples
+    --------
+    >>> import symflow
+    >>> encoder = torch.nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), encoder, torch.nn.Linear(8, 2))
+    >>> arch = symflow.Architecture.from_module(net, torch.zeros(1, 4, 3))
+    >>> layout = symmetric_layout(arch)
+    >>> [(b.name, b.size) for b in layout.nodes]
+    [('h1', 8), ('h2', 2), ('h3', 12), ('h2 x h2.1', 8), ('h2 x h2.2', 8)]
+    >>> layout.families
+    (Family(root=1, blocks=(1, 3, 4)),)
     """
     compact = arch.symmetry.compact
-    for axis in compact.axes:
-        if axis.over is not None:
-            raise UnsupportedModuleError(
-                f"axis {axis.name} has elements of {axis.group} for each unit of {axis.over}: a "
-                "graph of units has no nodes for these. Fix it with "
-                f"arch.with_groups({{{axis.name!r}: symflow.Trivial({axis.size})}})"
-            )
     names = [a.name for a in compact.axes if not isinstance(a.group, Trivial)]
-    found: dict[tuple[int, ...], list[Tensor]] = {(k,): [] for k in range(len(names))}
+    # One unit over each of an axis, as the sign of a gain, is that axis' own.
+    inner = {a.name for a in compact.axes if a.over is not None}
+    names = [name for name in names if not (name in inner and compact[name].size == 1)]
+    blocks: dict[Key, list[Tensor]] = {(name,): [] for name in names if name not in inner}
+    sizes: dict[Key, int] = {key: compact[key[0]].size for key in blocks}
+    edges: dict[tuple[Key, Key], list[Tensor]] = {}
     whole = []
     for leaf in compact.leaves:
         place, ends = _positions(leaf, names)
@@ -174,34 +223,71 @@ def symmetric_layout(arch: Architecture, *, extra: int = 0) -> Layout:
                 "nodes and edges only. Fix one of them with "
                 "arch.with_groups({name: symflow.Trivial(size)})"
             )
-        if ends:
-            found.setdefault(ends, []).append(place)
+        for key, size in zip(ends, place.shape, strict=False):
+            for known, n in ((key[:1], compact[key[0]].size), (key, size)):
+                blocks.setdefault(known, [])
+                sizes[known] = n
+        if len(ends) == 2:
+            edges.setdefault((ends[0], ends[1]), []).append(place)
+        elif ends:
+            blocks[ends[0]].append(place)
         else:
             whole.append(place.flatten())
     whole.append(torch.arange(extra) + arch.dimension)
-    empty = torch.zeros(0, dtype=torch.long)
+    keys, empty = list(blocks), torch.zeros(0, dtype=torch.long)
     nodes, node_places = [], []
-    for k, name in enumerate(names):
-        n = compact[name].size
-        places = torch.cat([empty.reshape(n, 0), *found.pop((k,))], dim=1)
-        nodes.append(NodeBlock(name, n, places.shape[1], alike=True))
+    for key in keys:
+        places = torch.cat([empty.reshape(sizes[key], 0), *blocks[key]], dim=1)
+        nodes.append(NodeBlock(" x ".join(key), sizes[key], places.shape[1], alike=True))
         node_places.append(places.flatten())
-    joined = {ends: torch.cat(found[ends], dim=2) for ends in sorted(found)}
-    edges = tuple(EdgeBlock(ends[0], ends[1], x.shape[2]) for ends, x in joined.items())
+    found = {(keys.index(a), keys.index(b)): torch.cat(x, dim=2) for (a, b), x in edges.items()}
+    joined = {ends: found[ends] for ends in sorted(found)}
     order = torch.cat([*whole, *node_places, *(p.flatten() for p in joined.values())])
-    return Layout(tuple(nodes), edges, int(sum(map(len, whole))), order)
+    return Layout(
+        tuple(nodes),
+        tuple(EdgeBlock(*ends, x.shape[2]) for ends, x in joined.items()),
+        int(sum(map(len, whole))),
+        order,
+        _families(keys),
+    )
 
 
-def _positions(leaf: Leaf, names: list[str]) -> tuple[Tensor, tuple[int, ...]]:
-    """Flat positions (*units of its symmetric axes, features), and which axes these are."""
+def _positions(leaf: Leaf, names: list[str]) -> tuple[Tensor, tuple[Key, ...]]:
+    """Flat positions (*nodes of its ends, features), and which axes these ends are.
+
+    Dimensions over the same one are one end, that one (if it is symmetric) first.
+    """
     place = torch.arange(leaf.size).reshape(leaf.shape) + leaf.offset
-    units = [k for k, dim in enumerate(leaf.dims) if dim.axis in names]
-    ends = {k: names.index(leaf.dims[k].axis or "") for k in units}
-    ranked = sorted(units, key=lambda k: ends[k])
-    place = place.movedim(ranked, list(range(len(ranked))))
-    features = place.shape[len(ranked) :]
-    place = place.reshape(*place.shape[: len(ranked)], math.prod(features))
-    return place, tuple(ends[k] for k in ranked)
+    groups: dict[int, list[int]] = {}
+    for k, dim in enumerate(leaf.dims):
+        if dim.axis in names:
+            groups.setdefault(k if dim.within is None else dim.within, []).append(k)
+    for root, dims in groups.items():
+        # What is over a dimension differs from one of its units to the next, be it fixed or not.
+        if root not in dims:
+            dims.append(root)
+        dims.sort(key=lambda k, root=root: (k != root, k))
+    keys = {root: tuple(leaf.dims[k].axis or "" for k in dims) for root, dims in groups.items()}
+
+    def rank(root: int) -> tuple[int, Key]:
+        known = [names.index(axis) for axis in keys[root] if axis in names]
+        return min(known), keys[root]
+
+    ranked = sorted(groups, key=rank)
+    front = [k for root in ranked for k in groups[root]]
+    place = place.movedim(front, list(range(len(front))))
+    sizes = [math.prod(leaf.shape[k] for k in groups[root]) for root in ranked]
+    features = math.prod(place.shape[len(front) :])
+    return place.reshape(*sizes, features), tuple(keys[root] for root in ranked)
+
+
+def _families(keys: list[Key]) -> tuple[Family, ...]:
+    """Return the blocks that have an axis in common, and others over it."""
+    roots = dict.fromkeys(key[:1] for key in keys if len(key) > 1)
+    return tuple(
+        Family(keys.index(root), tuple(k for k, key in enumerate(keys) if key[:1] == root))
+        for root in roots
+    )
 
 
 def layered_layout(arch: Architecture, *, extra: int = 0) -> Layout:

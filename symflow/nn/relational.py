@@ -22,8 +22,10 @@ class RelationalTransformer(ConditionalField):
 
     By default only units on which a symmetry acts become tokens; a weight that no symmetric axis
     touches is a global number, with one axis a feature of that unit, with two a feature of an edge.
-    Inputs and outputs of a classifier are never nodes. With ``nodes="all"`` every neuron of a chain
-    of linear maps is a node and every weight an edge, as in the source thesis.
+    Units of axes over another one (those inside attention heads, the channels of groups) are tokens
+    for each of its units, and hear what these have in common. Inputs and outputs of a classifier
+    are never nodes. With ``nodes="all"`` every neuron of a chain of linear maps is a node and every
+    weight an edge, as in the source thesis.
 
     Parameters
     ----------

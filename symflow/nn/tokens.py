@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from symflow.nn.layout import Layout, Parts
+from symflow.nn.layout import Family, Layout, Parts
 from symflow.numerics import tolerance
 
 _FREQUENCIES = 16
@@ -90,6 +90,32 @@ class Messages(nn.Module):
 
 
 @final
+class Relatives(nn.Module):
+    """What nodes of the same unit tell each other: heads, and the units inside each of them."""
+
+    def __init__(self, family: Family, units: int, width: int) -> None:
+        nn.Module.__init__(self)
+        self.family = family
+        self.units = units
+        self.say = nn.ModuleList(nn.Linear(width, width) for _ in family.blocks)
+        self.hear = nn.ModuleList(nn.Linear(width, width) for _ in family.blocks)
+
+    def forward(self, nodes: list[Tensor]) -> list[Tensor]:
+        """Return the messages (B, n, W) to the family's blocks, from those nodes of all blocks."""
+        family = [nodes[k] for k in self.family.blocks]
+        said = torch.stack(
+            [
+                say(x).unflatten(1, (self.units, -1)).mean(2)
+                for say, x in zip(self.say, family, strict=True)
+            ]
+        ).mean(0)
+        return [
+            hear(F.gelu(said)).repeat_interleave(x.shape[1] // self.units, dim=1)
+            for hear, x in zip(self.hear, family, strict=True)
+        ]
+
+
+@final
 class EdgeUpdate(nn.Module):
     """What the units at their ends tell the edges of one block."""
 
@@ -131,6 +157,10 @@ class TokenLayer(nn.Module):
         self.contract = nn.Linear(2 * width, width)
         self.messages = nn.ModuleList(Messages(width, edge_width) for _ in layout.edges)
         self.updates = nn.ModuleList(EdgeUpdate(width, edge_width) for _ in layout.edges)
+        # Last, so that everything else is initialised as in a network without.
+        self.relatives = nn.ModuleList(
+            Relatives(family, layout.nodes[family.root].size, width) for family in layout.families
+        )
 
     def forward(
         self, h: Float[Tensor, "B N W"], edges: list[Tensor], time: Float[Tensor, "B T"]
@@ -145,6 +175,9 @@ class TokenLayer(nn.Module):
             back, ahead = talk(e, units[block.source], units[block.target])
             parts[1 + block.source] = parts[1 + block.source] + back
             parts[1 + block.target] = parts[1 + block.target] + ahead
+        for family, talk in zip(self.layout.families, self.relatives, strict=True):
+            for k, x in zip(family.blocks, talk(units), strict=True):
+                parts[1 + k] = parts[1 + k] + x
         h = h + gate_a * self.merge(torch.cat(parts, dim=1))
         y = F.layer_norm(h, h.shape[-1:]) * (1 + scale_b) + shift_b
         h = h + gate_b * self.contract(F.gelu(self.expand(y)))
