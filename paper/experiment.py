@@ -21,8 +21,8 @@ from torch import Tensor
 
 import symflow
 from symflow import flows
-from symflow.arch import InputCoordinates
-from symflow.evaluate import accuracy, loss, weight_average
+from symflow.arch import Architecture, InputCoordinates
+from symflow.evaluate import accuracy, loss, reset_normalisation, weight_average
 from symflow.zoo import Task, train
 
 PRESETS = {
@@ -50,7 +50,7 @@ class ZooSettings:
     Attributes
     ----------
     widths
-        Of ReLU networks.
+        Of ReLU networks; of others, whatever tells them apart.
     runs, held_out
         Networks that flows are trained on, and others of the same kind.
     std
@@ -168,11 +168,12 @@ class Experiment:
         device: str = "cpu",
         zoo_device: str | None = None,
         audited: int = AUDITED,
+        arch: Architecture | None = None,
     ) -> None:
         self.audited = audited
         self.ledger = Ledger(name, fast, only, (device, zoo_device or device))
         self.task, self.settings = task, settings
-        self.arch = symflow.mlp(list(settings.widths))
+        self.arch = symflow.mlp(list(settings.widths)) if arch is None else arch
         zoo = train(
             self.arch,
             task,
@@ -192,7 +193,7 @@ class Experiment:
     @cached_property
     def audit(self) -> Audit:
         """What samples are compared with."""
-        return Audit.of(self.arch, self.task, self.training.final)
+        return Audit.of(self.arch, self.task, self.settled(self.training.final))
 
     def run(self, rows: dict[str, FlowSettings]) -> None:
         """Run or resume the trained networks, the baselines, and every flow."""
@@ -206,10 +207,15 @@ class Experiment:
 
     def measured(self, ws: Tensor) -> dict[str, Any]:
         """Measure any set of networks."""
+        ws = self.settled(ws)
         return {
             **quality(self.arch, ws, self.task),
             **novelty(self.arch, ws[: self.audited], self.task, self.audit),
         }
+
+    def settled(self, ws: Tensor) -> Tensor:
+        """Measure running statistics, if there are any, on training inputs."""
+        return reset_normalisation(self.arch, ws, self.task.x_train)
 
     def flow(self, settings: FlowSettings) -> dict[str, Any]:
         """Train a flow, draw networks, and measure them."""
@@ -245,16 +251,19 @@ class Experiment:
         for steps in STEPS:
             seed = settings.seed + 1000
             draw = partial(flow.sample, steps=steps, bridge=settings.noisy, seed=seed)
-            ws = draw(min(settings.samples, AUDITED)).cpu()
+            ws = self.settled(draw(min(settings.samples, AUDITED)).cpu())
             found[str(steps)] = {
                 f"{split} {name}": float(score(self.arch, ws, self.task, split=split).mean())
                 for split in ("train", "test")
                 for name, score in (("accuracy", accuracy), ("loss", loss))
             }
             if starts is not None:
-                ends = draw(len(starts), start=starts).cpu()
+                ends = self.settled(draw(len(starts), start=starts).cpu())
                 found[str(steps)]["divergence"] = divergence(
-                    self.arch, self.held_out.final, ends, self.task.x_train[:COMPARED]
+                    self.arch,
+                    self.settled(self.held_out.final),
+                    ends,
+                    self.task.x_train[:COMPARED],
                 )
         return found
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import symflow
 from symflow.arch import Architecture, InputCoordinates
+from symflow.errors import UnsupportedModuleError
 from symflow.evaluate import accuracy, diversity, loss, nearest, probabilities
 from symflow.zoo import Task
 
@@ -27,7 +28,8 @@ class Audit:
     Attributes
     ----------
     chart
-        Coordinates in which distances of first layers are those of their outputs on training data.
+        Coordinates in which distances of first layers are those of their outputs on training data;
+        none where a network does not begin with a linear map, as convolutions do not.
     quotient
         Of the chart's architecture.
     known
@@ -36,7 +38,7 @@ class Audit:
         Which test examples each of them misclassifies (N, n).
     """
 
-    chart: InputCoordinates
+    chart: InputCoordinates | None
     quotient: symflow.Quotient
     known: Tensor
     wrong: Tensor
@@ -44,14 +46,18 @@ class Audit:
     @staticmethod
     def of(arch: Architecture, task: Task, training: Tensor) -> "Audit":
         """Prepare everything once."""
-        chart = InputCoordinates.of_inputs(arch, task.x_train.flatten(1))
-        quotient = symflow.Quotient(chart.arch)
-        known = chart.encode(training)
+        try:
+            chart = InputCoordinates.of_inputs(arch, task.x_train.flatten(1))
+        except UnsupportedModuleError:
+            chart = None
+        quotient = symflow.Quotient(arch if chart is None else chart.arch)
+        known = training if chart is None else chart.encode(training)
         return Audit(chart, quotient, known, misclassified(arch, training, task))
 
     def distances(self, ws: Tensor) -> list[float]:
         """Return the distance of each network to the nearest training network."""
-        return nearest(self.quotient, self.chart.encode(ws), self.known).distance.tolist()
+        here = ws if self.chart is None else self.chart.encode(ws)
+        return nearest(self.quotient, here, self.known).distance.tolist()
 
     def overlaps(self, arch: Architecture, ws: Tensor, task: Task) -> list[float]:
         """Return the largest intersection over union of mistakes with a training network."""

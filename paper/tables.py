@@ -90,6 +90,7 @@ THESIS = {
     },
     "mnist-large": {},
     "deepweight": {},
+    "digits": {},
 }
 
 

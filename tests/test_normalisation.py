@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import symflow
+from symflow.arch import by_batch
 from symflow.errors import LeafError, ShapeError, UnsupportedModuleError
 from symflow.evaluate import (
     accuracy,
@@ -264,3 +265,48 @@ def test_images_are_taken_in_pieces_of_bounded_size(monkeypatch):
     reset_normalisation(arch, w, x)
     # One network at a time sees all four inputs; then two layers, five networks.
     assert seen == [1, *[4] * 10]
+
+
+def small_cnn() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5, affine=False), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(80, 3)),
+    )
+
+
+def test_by_batch_is_training_mode_without_dropout_for_each_network():
+    torch.manual_seed(0)
+    nets, x = [small_cnn() for _ in range(3)], torch.randn(6, 1, 8, 8)
+    arch = symflow.Architecture.from_module(small_cnn(), x)
+    w = arch.as_weights(nets)
+    kept = w.clone()
+    found = by_batch(arch).apply(w, x)
+    for net, out in zip(nets, found, strict=True):
+        net.train()[3].p = 0.0
+        torch.testing.assert_close(out, net(x), atol=1e-5, rtol=1e-5)
+    assert torch.equal(w, kept)  # no running statistics are written
+    assert not torch.allclose(found, arch.apply(w, x), atol=0.1)
+
+
+def test_an_architecture_without_batch_norm_stays_as_it_is():
+    arch = symflow.mlp([2, 3, 1])
+    assert by_batch(arch) is arch
+
+
+def test_the_behaviour_loss_needs_no_true_statistics():
+    """Predicted running variances may be negative: the loss does not look at them."""
+    torch.manual_seed(1)
+    x = torch.randn(40, 1, 8, 8)
+    arch = symflow.Architecture.from_module(small_cnn(), x[:2])
+    generator = torch.Generator().manual_seed(0)
+    w = symflow.flows.FanIn().sample(arch, 12, generator=generator)
+    w[:, arch.num_parameters :] *= 100 * torch.randn(
+        12, arch.dimension - arch.num_parameters, generator=generator
+    )
+    flow = symflow.flows.geometric(
+        arch, coupling=symflow.flows.Independent(), source=symflow.flows.FanIn(), width=8, depth=1
+    )
+    assert not arch.apply(w, x).isfinite().all()
+    flow.fit(w, inputs=x, behaviour=10.0, behaviour_inputs=8, steps=4, log_every=1, lr=0.01)
+    assert torch.tensor([h["loss"] for h in flow.history]).isfinite().all()

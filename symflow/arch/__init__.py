@@ -1,6 +1,7 @@
 """Architectures: leaves, axes, and the symmetry of a network's weights."""
 
 from symflow.arch.architecture import Architecture, StateDict, Weights
+from symflow.arch.batches import by_batch
 from symflow.arch.coordinates import InputCoordinates
 from symflow.arch.fold import Folded, fold_gains
 from symflow.arch.labels import FIXED, Atom, Label
@@ -30,6 +31,7 @@ __all__ = [
     "Symmetry",
     "Value",
     "Weights",
+    "by_batch",
     "fold_gains",
     "from_config",
     "mlp",

@@ -7,10 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from symflow.arch import Architecture, Weights
+from symflow.arch.batches import BATCH_NORM
 from symflow.evaluate.moments import Moments, Probe, State, changed_in_order, in_order
 from symflow.evaluate.predict import LabelledData, at_once, inputs_for, networks
-
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def reset_normalisation(
@@ -84,7 +83,7 @@ def batch_norms(module: nn.Module) -> list[Probe]:
     return [
         Probe(path, part)
         for path, part in module.named_modules()
-        if isinstance(part, _BATCH_NORM) and part.running_mean is not None
+        if isinstance(part, BATCH_NORM) and part.running_mean is not None
     ]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from symflow.arch import by_batch
 from symflow.errors import ShapeError, StateError, SymflowWarning
 from symflow.files import digest, load_tensors, require_same, save_tensors
 from symflow.flows.condition import Conditioned
@@ -81,6 +82,7 @@ class Trainer:
             if flow.coordinates is not None:
                 self.inputs = flow.coordinates.features(self.inputs)
             self.inputs = self.inputs.to(flow.device)
+        self.network = by_batch(flow.inner) if settings.compares else flow.inner
         # What the result depends on beside the settings: a checkpoint belongs to it.
         self.data = {
             "zoo": digest(starts, ends),
@@ -191,7 +193,7 @@ class Trainer:
             raise StateError("the behaviour loss needs inputs")
         count = min(self.settings.behaviour_inputs, len(self.inputs))
         rows = torch.randint(len(self.inputs), (count,), generator=generator)
-        x, network = self.inputs[rows].to(end), self.flow.inner
+        x, network = self.inputs[rows].to(end), self.network
         with torch.no_grad():
             # A copy: the first step of a network may change its input in place.
             truth = F.log_softmax(network.apply(self.flow.decode_inner(end), x.clone()), dim=-1)

@@ -1,0 +1,76 @@
+"""Flows over convolutional networks with BatchNorm on the digits of scikit-learn.
+
+The behaviour loss compares predictions with BatchNorm going by the inputs at hand, as in training;
+running statistics of whatever is drawn are measured on training images, never on test images.
+"""
+
+from dataclasses import replace
+
+import torch
+from experiment import PRESETS, Experiment, FlowSettings, ZooSettings, asked, reduced
+from torch import Tensor, nn
+
+import symflow
+from symflow.arch import Architecture
+
+ZOO = ZooSettings(
+    widths=(1, 8, 16, 16, 10),  # channels
+    runs=512,
+    held_out=64,
+    epochs=20,
+    batch_size=64,
+    options={"optimizer": "adam", "lr": 3e-3, "schedule": "cosine"},
+    std=None,
+)
+CELL = FlowSettings(
+    rank=None,
+    width=48,
+    lr=0.01,
+    steps=6000,
+    batch_size=32,
+    inputs=64,
+    behaviour=30.0,
+    sampling=4,
+    samples=64,
+)
+
+
+class Mean(nn.Module):
+    """Mean over positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def cnn() -> Architecture:
+    """Three convolutions with BatchNorm, and a linear map of the means."""
+    first, second, third, classes = ZOO.widths[1:]
+    layers: list[nn.Module] = []
+    for n_in, n_out, pool in ((1, first, True), (first, second, True), (second, third, False)):
+        layers += [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out)]
+        layers += [nn.ReLU(), nn.MaxPool2d(2)] if pool else [nn.ReLU()]
+    module = nn.Sequential(*layers, Mean(), nn.Linear(third, classes))
+    return Architecture.from_module(module, torch.zeros(2, 1, 8, 8))
+
+
+def rows() -> dict[str, FlowSettings]:
+    """Return every flow by its row's name."""
+    found: dict[str, FlowSettings] = {}
+    for preset in PRESETS:
+        found[f"{preset}, run, behaviour"] = replace(CELL, preset=preset)
+    found["Geometric, run"] = replace(CELL, behaviour=0.0)
+    found["Geometric, independent, behaviour"] = replace(CELL, coupling="independent")
+    return found
+
+
+def main() -> None:
+    """Run from the command line."""
+    options = asked(__doc__ or "")
+    zoo, flows = ZOO, rows()
+    if options["fast"]:
+        zoo, flows = reduced(zoo, flows)
+    Experiment("digits", symflow.zoo.digits(), zoo, arch=cnn(), **options).run(flows)
+
+
+if __name__ == "__main__":
+    main()
