@@ -24,11 +24,13 @@ ZOO = ZooSettings(
 )
 CELL = FlowSettings(
     rank=None,
-    width=48,
+    width=64,
+    edge_width=32,  # edges have nine numbers each
     lr=0.01,
     steps=6000,
     batch_size=32,
     inputs=64,
+    bridge=0.3,
     behaviour=30.0,
     sampling=4,
     samples=64,

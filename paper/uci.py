@@ -42,7 +42,10 @@ def rows() -> dict[str, FlowSettings]:
         found[f"{preset}, one layer"] = light
         found[f"{preset}, one layer, in 2 steps"] = replace(light, sampling=2)
         longer = replace(light, steps=16_000)
-        found[f"{preset}, one layer, 16,000 steps, in 2 steps"] = replace(longer, sampling=2)
+        name = f"{preset}, one layer, 16,000 steps, in 2 steps"
+        found[name] = replace(longer, sampling=2)
+        for seed in (1, 2):
+            found[f"{name}, seed {seed}"] = replace(longer, sampling=2, seed=seed)
     for preset in ("Geometric", "Balanced"):
         found[f"{preset}, quotient OT"] = replace(
             CELL, preset=preset, coupling="quotient OT", alignment="none", batch_size=16, steps=1000
