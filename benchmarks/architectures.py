@@ -48,11 +48,6 @@ PRODUCTS = {
     "low-rank factors": ("base.weight", "down", "up"),
     "linear network": tuple(f"{k}.{name}" for k in range(4) for name in ("weight", "bias")),
 }
-# A leaf that holds queries, keys and values of each head, cut inside the head, and what reads them.
-_NEOX = "gpt_neox.layers.0.attention"
-HEADS = {
-    "GPT-NeoX": tuple(f"{_NEOX}.{x}" for x in ("query_key_value.weight", "dense.weight")),
-}
 KINDS = {
     "shifts": "translations that arch.Shifts finds and a quotient can take away",
     "unused": "weights that no output depends on here: units that are off, words not drawn",
@@ -69,8 +64,6 @@ KINDS = {
     "rotation": "a linear map of the units that a norm sees, in each leaf by itself: norms "
     "commute with rotations of a stream (about its mean), gains aside, as in arch.fold_gains",
     "products": "a matrix beside, or behind, a product of two: within the leaves of these",
-    "heads": "values and outputs of a head are a product of two maps, but its leaf is cut inside "
-    "heads, into parts that arch.Architecture keeps as they are: symmetries that are not found",
 }
 
 
@@ -301,8 +294,6 @@ def spans(arch: Architecture, entry: Entry, w: Tensor, slope: Tensor) -> dict[st
             both = torch.cat([eye[leaf.span], *biases])
             pairs.append(invisible(slope @ both.mT, float(size.max())) @ both)
     products = [eye[leaf.span] for leaf in learnable if leaf.key in PRODUCTS.get(entry.name, ())]
-    inside = [key for name, keys in HEADS.items() if name in entry.name for key in keys]
-    heads = [eye[leaf.span] for leaf in learnable if leaf.key in inside]
     return {
         "unused": eye[size <= NULL * size.max()],
         "alone": torch.cat(alone),
@@ -313,7 +304,6 @@ def spans(arch: Architecture, entry: Entry, w: Tensor, slope: Tensor) -> dict[st
         "centring": torch.cat([flat, *constants]),
         "rotation": torch.cat([eye[:0], *rotations(arch, w)]),
         "products": torch.cat([eye[:0], *products]),
-        "heads": torch.cat([eye[:0], *heads]),
     }
 
 

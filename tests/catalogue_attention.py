@@ -183,6 +183,7 @@ def pretrained(name: str, **config: Any) -> Callable[[], nn.Module]:
 
 _GAIN = "1 sign scale each"
 _HEADS = ("2 perm", "4 linear each", "4 linear each")
+_PARTLY_TURNED = ("2 perm", "4 linear each", "2 rotary each", "2 linear each")
 _SEQUENCE = (torch.zeros(2, 4, 3),)
 _TOKENS = (torch.randint(23, (2, 5), generator=torch.Generator().manual_seed(0)),)
 # An MLP beside an attention reads one word at a time: on fewer words than these, some directions of
@@ -343,7 +344,7 @@ ATTENTION: tuple[tuple[str, Callable[[], nn.Module], tuple[Any, ...], tuple[str,
         ("8 perm", *(_GAIN,) * 2, "12 perm", "2 perm", "4 rotary each", "4 linear each"),
     ),
     (
-        "GPT-NeoX (transformers): half of each head is turned, so queries and keys stay",
+        "GPT-NeoX (transformers): half of each head is turned, one map for all three",
         pretrained(
             "GPTNeoXForCausalLM",
             vocab_size=_WORDS,
@@ -356,7 +357,42 @@ ATTENTION: tuple[tuple[str, Callable[[], nn.Module], tuple[Any, ...], tuple[str,
             use_cache=False,
         ),
         _MORE,
-        ("8 perm", *(_GAIN,) * 3, "12 perm", "2 perm"),
+        ("8 perm", *(_GAIN,) * 3, "12 perm", *_PARTLY_TURNED),
+    ),
+    (
+        "Phi (transformers): half of each head is turned",
+        pretrained(
+            "PhiForCausalLM",
+            vocab_size=_WORDS,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=12,
+            max_position_embeddings=16,
+            partial_rotary_factor=0.5,
+            use_cache=False,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+        _MORE,
+        ("8 perm", *(_GAIN,) * 2, "12 perm", *_PARTLY_TURNED),
+    ),
+    (
+        "Falcon (transformers): queries, keys and values side by side in each head",
+        pretrained(
+            "FalconForCausalLM",
+            vocab_size=_WORDS,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            ffn_hidden_size=12,
+            new_decoder_architecture=False,
+            multi_query=False,
+            use_cache=False,
+        ),
+        _MORE,
+        ("8 perm sign scale", "12 perm", "2 perm", "4 rotary each", "4 linear each"),
     ),
     (
         "ViT (transformers)",

@@ -1,6 +1,7 @@
 """Activation matching: which units answer alike on data."""
 
 import copy
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -44,18 +45,29 @@ class Owner:
         units of that one and its own, in front of what no axis runs over.
     degree
         How the axis acts on them.
+    grid
+        Where channels are taken out of those inside each head: how many heads, and how many inside;
+        ``begin`` and ``end`` are among these.
 
     Examples
     --------
     >>> import symflow
     >>> owners(symflow.mlp([3, 8, 2], "tanh").symmetry, symflow.mlp([3, 8, 2], "tanh").module)
-    {'h1': {'0': Owner(begin=0, end=8, units=(8,), degree=1)}}
+    {'h1': {'0': Owner(begin=0, end=8, units=(8,), degree=1, grid=())}}
     """
 
     begin: int
     end: int
     units: tuple[int, ...]
     degree: int
+    grid: tuple[int, ...] = ()
+
+    def of(self, z: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch rest"]:
+        """Pick the answers of the axis out of those of all channels."""
+        if self.grid:
+            z = z.unflatten(-1, self.grid)
+        z = z[..., self.begin : self.end]
+        return (z.flatten(-2) if self.grid else z).unflatten(-1, (*self.units, -1))
 
 
 # By axis and path of the module.
@@ -213,16 +225,20 @@ def owners(symmetry: Symmetry, module: nn.Module) -> _Owners:
             continue
         stored = leaf.stored or leaf.shape
         at = 1 if isinstance(owner, _TRANSPOSED) and len(stored) > 1 else 0
-        dims = _factors(leaf, at)
-        begin, end = leaf.region[at] if leaf.region else (0, stored[at])
+        if leaf.grid and (at or math.prod(leaf.grid[:2]) != leaf.whole[0]):
+            continue
+        grid = leaf.grid[:2]  # of the channels; then those inside come second
+        dims = [k for place in ((0, 1) if grid else (at,)) for k in _factors(leaf, place)]
+        last = 1 if grid else at
+        begin, end = leaf.region[last] if leaf.region else (0, stored[last])
         units = tuple(leaf.shape[k] for k in dims)
         first, second = ([leaf.dims[k] for k in dims] + [Dim(), Dim()])[:2]
         if first.axis is None or first.axis not in found:
             continue
         if second.axis is not None and second.within == dims[0]:
-            found[second.axis][path] = Owner(begin, end, units[:2], second.degree)
+            found[second.axis][path] = Owner(begin, end, units[:2], second.degree, grid)
         elif all(leaf.dims[k].axis is None for k in dims[1:]):
-            found[first.axis][path] = Owner(begin, end, units[:1], first.degree)
+            found[first.axis][path] = Owner(begin, end, units[:1], first.degree, grid)
     for axis in symmetry.axes:
         inner = [a.name for a in symmetry.over(axis.name)]
         if not found[axis.name] and (axis.over is not None or not inner):
@@ -308,9 +324,8 @@ def answers(
                 if span is None or not isinstance(output, Tensor):
                     continue
                 z = output.movedim(1 if isinstance(owner, _CHANNELS_FIRST) else -1, -1)
-                z = z[..., span.begin : span.end].unflatten(-1, (*span.units, -1))
                 degrees[axis] = span.degree
-                heard[axis] = z.movedim(-1, 0).reshape(-1, *span.units)
+                heard[axis] = span.of(z).movedim(-1, 0).reshape(-1, *span.units)
 
         owner.register_forward_hook(hook)
 

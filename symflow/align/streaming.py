@@ -240,7 +240,7 @@ def _require_leaves(symmetry: Symmetry, *sources: TensorFile) -> None:
                 )
             size = sum(leaf.size for leaf in leaves)
             shape = source.entries[key]["shape"]
-            stored = leaves[0].stored or leaves[0].shape
+            stored = leaves[0].whole or leaves[0].stored or leaves[0].shape
             if torch.Size(shape).numel() != size or (
                 len(leaves) == 1 and tuple(shape) != tuple(stored)
             ):

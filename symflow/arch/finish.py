@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, final
 
-from symflow.arch.labels import FIXED, Atom, Label
+from symflow.arch.labels import Atom, Label
 from symflow.arch.layout import Axis, Dim, Factors
 from symflow.arch.structure import RawAxis
 from symflow.arch.tracing import Tracing
@@ -27,7 +27,7 @@ from symflow.groups import (
 class Trace:
     """What tracing found: factors of leaves, axes that move, axes that do not, the last layer."""
 
-    leaves: dict[str, tuple[list[Factors], ...]]
+    leaves: dict[str, tuple[list[list[Factors]], ...]]
     axes: tuple[Axis, ...]
     fixed: tuple[Axis, ...]
     output: tuple[str, ...]
@@ -132,10 +132,30 @@ def finish(
         return tuple(found)
 
     leaves = {
-        name: tuple([factors(part) for part in dim.parts] if dim != FIXED else [] for dim in dims)
+        name: tuple([[factors(part) for part in view] for view in _views(dim)] for dim in dims)
         for name, dims in whole.items()
     }
     return Trace(leaves, _in_order(list(moving.values())), tuple(fixed), output)
+
+
+def _views(label: Label) -> list[tuple[tuple[Atom, ...], ...]]:
+    """Return the parts of a dimension; of one with concatenations behind others, for each factor.
+
+    What stands between two of these stays together.
+    """
+    if not label.is_nested:
+        return [label.parts]
+    found: list[tuple[tuple[Atom, ...], ...]] = []
+    (part,) = label.parts
+    between: list[Atom] = []
+    for atom in part:
+        if not atom.parts:
+            between.append(atom)
+            continue
+        found += [(tuple(between),)] if between else []
+        found.append(atom.parts)
+        between = []
+    return [*found, (tuple(between),)] if between else found
 
 
 def _reduced(tracing: Tracing, label: Label) -> Label:

@@ -186,6 +186,13 @@ def _taken(node: fx.Node, x: fx.Node, order: list[int]) -> int | None:
         return taken[0] if taken and all(found == taken[0] for found in taken) else None
     if name in ("unbind", "select"):
         return order[int(str(args[0])) if args else 0]
-    if name == "getitem" and isinstance(args[0], int):
-        return order[0]
+    if name == "getitem":
+        keys = list(args[0]) if isinstance(args[0], tuple) else [args[0]]
+        if Ellipsis in keys:
+            at = keys.index(Ellipsis)
+            keys[at : at + 1] = [slice(None)] * (len(order) - len(keys) + 1)
+        places = [k for k, key in enumerate(keys) if isinstance(key, int)]
+        others = [key for key in keys if not isinstance(key, int)]
+        if len(places) == 1 and all(key == slice(None) for key in others):
+            return order[places[0]]
     return None

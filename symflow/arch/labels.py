@@ -22,6 +22,9 @@ class Atom:
         several of them may share one permutation.
     copied
         The same for all its indices, as a broadcast dimension is.
+    parts
+        Of a factor behind another one, if it is a concatenation itself: its parts, each a product
+        of factors. Queries, keys and values of each head may stand so behind the heads.
 
     Examples
     --------
@@ -33,6 +36,7 @@ class Atom:
     axis: str | None = None
     degrees: tuple[tuple[str, int], ...] = ()
     copied: bool = False
+    parts: tuple[tuple["Atom", ...], ...] = ()
 
     def dual(self) -> "Atom":
         """Return the factor that is contracted with this one: degrees change their signs."""
@@ -76,7 +80,12 @@ class Label:
     @property
     def atoms(self) -> Iterator[Atom]:
         """The factors of all parts on which something acts."""
-        return (atom for part in self.parts for atom in part if atom.axis is not None)
+        return (atom for part in self.parts for atom in _moving(part))
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether a concatenation stands behind another factor."""
+        return any(atom.parts for part in self.parts for atom in part)
 
     @property
     def is_copied(self) -> bool:
@@ -85,14 +94,25 @@ class Label:
             atom.copied or atom.size == 1 for part in self.parts for atom in part
         )
 
+    @property
+    def is_grid(self) -> bool:
+        """Whether concatenations stand behind others, but none within another one."""
+        if len(self.parts) != 1:
+            return False
+        return not any(atom.parts for one in self.parts[0] for part in one.parts for atom in part)
+
     def each(self, function: Callable[[Atom], Atom]) -> "Label":
         """Apply a function to every factor on which something acts."""
-        return Label(
-            tuple(
-                tuple(function(atom) if atom.axis is not None else atom for atom in part)
-                for part in self.parts
+
+        def within(part: tuple[Atom, ...]) -> tuple[Atom, ...]:
+            return tuple(
+                replace(atom, parts=tuple(map(within, atom.parts)))
+                if atom.parts
+                else (atom if atom.axis is None else function(atom))
+                for atom in part
             )
-        )
+
+        return Label(tuple(map(within, self.parts)))
 
     def dual(self) -> "Label":
         """Return the dimension that this one is contracted with."""
@@ -121,8 +141,40 @@ def label_of(parts: list[tuple[Atom, ...]]) -> Label:
     return Label(tuple(found))
 
 
+def size_of(part: tuple[Atom, ...]) -> int:
+    """Return the number of coordinates of a product of factors.
+
+    Examples
+    --------
+    >>> size_of((Atom(2), Atom(3)))
+    6
+    """
+    return math.prod(atom.size for atom in part)
+
+
+def nested(parts: list[tuple[Atom, ...]]) -> Atom:
+    """Make one factor of a concatenation, to stand behind others.
+
+    Examples
+    --------
+    >>> found = nested([(Atom(2, "#0"),), (Atom(3),), (Atom(4),)])
+    >>> found.size, len(found.parts)
+    (9, 2)
+    """
+    return Atom(sum(map(size_of, parts)), parts=label_of(parts).parts)
+
+
+def _moving(part: tuple[Atom, ...]) -> Iterator[Atom]:
+    for atom in part:
+        for inner in atom.parts:
+            yield from _moving(inner)
+        if atom.axis is not None:
+            yield atom
+
+
 def _stays(part: tuple[Atom, ...]) -> bool:
-    return len(part) == 1 and part[0].axis is None and not part[0].copied
+    (first, *others) = part
+    return not others and first.axis is None and not first.copied and not first.parts
 
 
 def _joined(part: tuple[Atom, ...]) -> tuple[Atom, ...]:
@@ -131,8 +183,12 @@ def _joined(part: tuple[Atom, ...]) -> tuple[Atom, ...]:
         if atom.size == 1 and len(part) > 1 and atom.axis is None:
             continue
         last = found[-1] if found else None
-        if last and last.axis is None and atom.axis is None and last.copied == atom.copied:
+        if last and _plain(last) and _plain(atom) and last.copied == atom.copied:
             found[-1] = replace(last, size=last.size * atom.size)
         else:
             found.append(atom)
     return tuple(found) or (Atom(1),)
+
+
+def _plain(atom: Atom) -> bool:
+    return atom.axis is None and not atom.parts

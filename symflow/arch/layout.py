@@ -98,6 +98,11 @@ class Leaf:
         For a part of a parameter: where it begins and ends in each dimension.
     stored
         Shape of this part in the state dict, where that is another than ``shape``.
+    grid
+        How its parameter is viewed before it is cut into regions, and ``stored`` with it, where
+        some dimension is taken apart: queries, keys and values behind each of the heads.
+    whole
+        Shape of the parameter, where there is a ``grid``.
 
     Examples
     --------
@@ -112,6 +117,8 @@ class Leaf:
     learnable: bool = True
     region: tuple[tuple[int, int], ...] = ()
     stored: tuple[int, ...] = ()
+    grid: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:
@@ -120,6 +127,9 @@ class Leaf:
 
     def of(self, parameter: Tensor) -> Tensor:
         """View this leaf (*batch, *shape) in its parameter (*batch, *parameter.shape)."""
+        if self.grid:
+            batch = parameter.shape[: parameter.ndim - len(self.whole)]
+            parameter = parameter.reshape(*batch, *self.grid)
         for k, (begin, end) in enumerate(self.region):
             parameter = parameter.narrow(k - len(self.region), begin, end - begin)
         if not self.stored:
@@ -148,7 +158,7 @@ class Leaf:
 Factors = tuple[tuple[int, Dim], ...]
 
 
-def cut(name: str, shape: tuple[int, ...], parts: Sequence[Sequence[Factors]]) -> list[Leaf]:
+def cut(name: str, parts: Sequence[Sequence[Factors]]) -> list[Leaf]:
     """Cut a parameter into leaves each of whose dimensions runs over one axis.
 
     Offsets, dimensions ``within`` others and whether it is learnable are left to the caller.
@@ -156,7 +166,7 @@ def cut(name: str, shape: tuple[int, ...], parts: Sequence[Sequence[Factors]]) -
     Examples
     --------
     >>> rows, columns = [((4, Dim()),)], [((2, Dim("h1", -1)),), ((3, Dim("h2", -1)),)]
-    >>> [leaf.name for leaf in cut("w", (4, 5), [rows, columns])]
+    >>> [leaf.name for leaf in cut("w", [rows, columns])]
     ['w[:, 0:2]', 'w[:, 2:5]']
     """
     choices: list[list[tuple[Factors, int, int]]] = []
@@ -196,12 +206,16 @@ def assemble(parts: Sequence[tuple[Leaf, Tensor]]) -> Tensor:
     Examples
     --------
     >>> columns = [((2, Dim("h1", -1)),), ((3, Dim("h2", -1)),)]
-    >>> leaves = cut("w", (4, 5), [[((4, Dim()),)], columns])
+    >>> leaves = cut("w", [[((4, Dim()),)], columns])
     >>> w = torch.arange(20).reshape(4, 5)
     >>> torch.equal(assemble([(leaf, leaf.of(w)) for leaf in leaves]), w)
     True
     """
-    return _assemble([(leaf, _as_stored(leaf, value)) for leaf, value in parts], 0)
+    found = _assemble([(leaf, _as_stored(leaf, value)) for leaf, value in parts], 0)
+    first = parts[0][0]
+    if not first.grid:
+        return found
+    return found.reshape(*found.shape[: found.ndim - len(first.grid)], *first.whole)
 
 
 def _as_stored(leaf: Leaf, value: Tensor) -> Tensor:

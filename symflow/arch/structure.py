@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import final
 
-from symflow.arch.labels import FIXED, Atom, Label, label_of
+from symflow.arch.labels import FIXED, Atom, Label, label_of, nested, size_of
 
 
 @final
@@ -127,6 +127,9 @@ class Structure(ABC):
             return tuple(found)
 
         label = self.resolve(label)
+        if label.is_nested:
+            self.fix(label, f"a concatenation behind other units, at {source}")
+            return FIXED
         self.unmix(label)
         return Label(tuple(map(renewed, label.parts)))
 
@@ -151,7 +154,13 @@ class Structure(ABC):
 
     def resolve(self, label: Label) -> Label:
         """Follow everything to what it is tied to, cut into or a product of."""
-        return label_of([found for part in label.parts for found in self._resolved(part)])
+        found = label_of([found for part in label.parts for found in self._resolved(part)])
+        if found.is_nested and not found.is_grid:
+            for atom in found.atoms:
+                raw = self.axes[atom.axis or ""]
+                raw.fixed = raw.fixed or "concatenations within concatenations"
+            return self.resolve(found)
+        return found
 
     def _resolved(self, part: tuple[Atom, ...]) -> list[tuple[Atom, ...]]:
         """Return the parts that a product of factors consists of."""
@@ -160,13 +169,15 @@ class Structure(ABC):
             choices = self._expanded(atom)
             if len(choices) == 1:
                 found = [(*before, *choices[0]) for before in found]
+            elif found == [()]:
+                found = choices
             else:  # repeated for every index of what stands before it
-                times = math.prod(a.size for a in found[0])
-                self.fix(Label((found[0],)), "a concatenation is repeated for each of its units")
-                found = choices * times
+                found = [(*before, nested(choices)) for before in found]
         return found
 
     def _expanded(self, atom: Atom) -> list[tuple[Atom, ...]]:
+        if atom.parts:
+            return [found for part in atom.parts for found in self._resolved(part)]
         if atom.axis is None:
             return [(atom,)]
         axis = self.root(atom.axis)
@@ -177,7 +188,7 @@ class Structure(ABC):
             first, last = raw.factors
             outer = self._expanded(self._part(atom, first, last))[0]
             inner = self._expanded(replace(atom, axis=last, size=self.axes[last].size))
-            return [(*outer, *p) for p in inner]
+            return [(*outer, *(inner[0] if len(inner) == 1 else (nested(inner),)))]
         if raw.fixed:
             return [(Atom(atom.size),)]
         degrees: dict[str, int] = {}
@@ -241,15 +252,15 @@ class Structure(ABC):
         """Cut a product in two, through its first factor."""
         first, *inner = part
         step = math.prod(atom.size for atom in inner)
-        if left % step:
+        if left % step or first.parts:
             return None
         sizes = (left // step, first.size - left // step)
         if first.axis is None:
             one, two = (replace(first, size=n) for n in sizes)
             return (one, *inner), (two, *inner)
         raw = self.axes[first.axis]
-        # Axes over this one, or this one over another, would need elements for each half.
-        if raw.over or any(first.axis in self.over(name) for name in self.axes):
+        # Axes over this one would need elements for each half.
+        if any(first.axis in self.over(name) for name in self.axes):
             return None
         raw.parts = tuple(
             self._open(n, f"{raw.source} (part {k + 1})", raw) for k, n in enumerate(sizes)
@@ -294,7 +305,7 @@ class Structure(ABC):
                     return None
                 atom = queue.pop(0)
                 if left % atom.size:
-                    if atom.size % left:
+                    if atom.size % left or atom.parts:
                         return None
                     atom, rest = self._split(atom, left)
                     queue.insert(0, rest)
@@ -394,14 +405,3 @@ class Structure(ABC):
             if not (raw.parts or raw.factors):
                 seen.setdefault(self.root(name))
         return iter(seen)
-
-
-def size_of(part: tuple[Atom, ...]) -> int:
-    """Return the number of coordinates of a product of factors.
-
-    Examples
-    --------
-    >>> size_of((Atom(2), Atom(3)))
-    6
-    """
-    return math.prod(atom.size for atom in part)

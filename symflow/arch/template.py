@@ -1,6 +1,7 @@
 """A module before it is traced: what is refused, which keys are one parameter, its leaves."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -102,9 +103,14 @@ def template(module: Any, inputs: tuple[Any, ...]) -> nn.Module:
 
 
 def leaves_of(
-    module: nn.Module, found: Mapping[str, tuple[list[Factors], ...]], aliases: dict[str, str]
+    module: nn.Module,
+    found: Mapping[str, tuple[list[list[Factors]], ...]],
+    aliases: dict[str, str],
 ) -> tuple[Leaf, ...]:
-    """Return parameters, then floating point buffers, with their dimensions, in flat order."""
+    """Return parameters, then floating point buffers, with their dimensions, in flat order.
+
+    What was found is for each dimension one list of parts, or several if it is taken apart.
+    """
     state = module.state_dict()
     parameters = dict(module.named_parameters())
     ordered = [k for k in state if k in parameters] + [k for k in state if k not in parameters]
@@ -115,14 +121,20 @@ def leaves_of(
         if key in aliases or not value.is_floating_point():
             continue
         shape = tuple(value.shape)
-        dims = found.get(key, ([],) * len(shape))
+        dims = found.get(key, ([[]],) * len(shape))
         if len(dims) != len(shape):
             raise SymmetryError(
                 f"the rule for leaf {key!r} labels {len(dims)} dimensions, it has {len(shape)}"
             )
-        parts = [dim or [((size, Dim()),)] for dim, size in zip(dims, shape, strict=True)]
-        for leaf in cut(key, shape, parts):
-            leaves.append(replace(leaf, offset=offset, learnable=key in parameters))
+        parts = [
+            part or [((size, Dim()),)]
+            for dim, size in zip(dims, shape, strict=True)
+            for part in dim
+        ]
+        grid = tuple(sum(math.prod(n for n, _ in one) for one in part) for part in parts)
+        view = {} if grid == shape else {"grid": grid, "whole": shape}
+        for leaf in cut(key, parts):
+            leaves.append(replace(leaf, offset=offset, learnable=key in parameters, **view))
             offset += leaf.size
     return tuple(leaves)
 

@@ -2,9 +2,9 @@
 
 from typing import final
 
-from symflow.arch.labels import FIXED, Atom, Label, label_of
+from symflow.arch.labels import FIXED, Atom, Label, label_of, size_of
 from symflow.arch.rules.registry import Activation
-from symflow.arch.structure import Structure, size_of
+from symflow.arch.structure import Structure
 
 
 @final
@@ -86,7 +86,8 @@ class Tracing(Structure):
         one, two = self.resolve(a), self.resolve(b)
         if one.is_copied or two.is_copied:
             return self._tie(a, b, reason, scales=False)
-        if FIXED in (one, two):  # each unit is multiplied by a number of its own
+        if FIXED in (one, two) or one.is_nested or two.is_nested:
+            # Each unit is multiplied by a number of its own, or it is not known by which.
             self.fix(one, reason)
             self.fix(two, reason)
             return FIXED
@@ -155,6 +156,8 @@ class Tracing(Structure):
         pairs: list[tuple[Atom, Atom]] = []
         while left and right:
             one, two = left.pop(0), right.pop(0)
+            if one.size != two.size and (one.parts or two.parts):
+                return None
             if one.size > two.size:
                 if one.size % two.size:
                     return None
@@ -169,6 +172,10 @@ class Tracing(Structure):
         return pairs if all(atom.size == 1 for atom in (*left, *right)) else None
 
     def _tie_atoms(self, one: Atom, two: Atom, reason: str, scales: bool) -> None:
+        if one.parts or two.parts:
+            left, right = (Label(x.parts or ((x,),)) for x in (one, two))
+            self._tie(left, right, reason, scales=scales)
+            return
         both = [self.resolve(Label(((atom,),))) for atom in (one, two)]
         resolved = [list(label.atoms) for label in both]
         if one.copied or two.copied:

@@ -90,8 +90,9 @@ def _divide(call: "Call", x: Any, y: Any, **_options: Any) -> Value:
 @rule(torch.pow)
 @rule("pow")
 def _power(call: "Call", x: Any, exponent: Any) -> Value:
-    if not isinstance(x, Value) or isinstance(exponent, Value):
-        raise TypeError("a power of a tensor by a number is wanted")
+    if isinstance(exponent, Value):
+        power = call.elementwise(exponent, PLAIN)
+        return multiply(call, call.elementwise(x, PLAIN), power) if isinstance(x, Value) else power
     whole = int(exponent) if float(exponent).is_integer() and exponent > 0 else None
     if whole is None:
         return call.elementwise(x, PLAIN)
@@ -120,8 +121,10 @@ def matmul(call: "Call", x: Value, y: Value) -> Value:
 
 
 @rule(torch.addmm)
+@rule(torch.baddbmm)
 @rule("addmm")
-def _addmm(call: "Call", bias: Value, x: Value, y: Value) -> Value:
+@rule("baddbmm")
+def _addmm(call: "Call", bias: Value, x: Value, y: Value, **_options: Any) -> Value:
     return _add(call, matmul(call, x, y), bias)
 
 

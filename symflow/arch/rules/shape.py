@@ -61,21 +61,31 @@ def _regroup(call: "Call", x: Value) -> Value:
 
 
 def _stack(call: "Call", x: Value, at: int) -> Value | None:
-    """Label a reshape one of whose dimensions is taken apart later: cut what runs over it."""
+    """Label a reshape one of whose dimensions is taken apart later: cut what runs over it.
+
+    It may stand behind others of the same dimension: queries, keys and values of each head.
+    """
     for old, new in _groups(x.shape, call.shape):
-        if at not in new or len(old) != 1 or new[0] != at:
+        if at not in new or len(old) != 1:
             continue
-        pieces = call.tracing.cut(
-            x.dims[old[0]], (x.shape[old[0]] // call.shape[at],) * call.shape[at]
-        )
-        sizes = tuple(call.shape[k] for k in new[1:])
+        label, tracing = x.dims[old[0]], call.tracing
+        outer, inner = new[: new.index(at)], new[new.index(at) + 1 :]
+        before: list[Label] = []
+        if outer:
+            lengths = [call.shape[k] for k in outer]
+            split = tracing.split(label, (*lengths, x.shape[old[0]] // math.prod(lengths)))
+            if split is None:
+                return None
+            *before, label = split
+        sizes = tuple(call.shape[k] for k in inner)
+        pieces = tracing.cut(label, (math.prod(sizes),) * call.shape[at])
         shape = (*call.shape[:at], *call.shape[at + 1 :])
         places: list[Value] = []
         for piece in pieces or ():
-            inner = call.tracing.split(piece, sizes)
-            if inner is None:
+            found = tracing.split(piece, sizes)
+            if found is None:
                 return None
-            dims = (*x.dims[: old[0]], *inner, *x.dims[old[0] + 1 :])
+            dims = (*x.dims[: old[0]], *before, *found, *x.dims[old[0] + 1 :])
             places.append(Value(shape, dims))
         if pieces is None or len(places[0].dims) != len(shape):
             return None
@@ -149,12 +159,15 @@ def _repeat(call: "Call", x: Value, repeats: Any, dim: Any = None, **_options: A
 @rule(operator.getitem)
 def _index(call: "Call", x: Value, key: Any) -> Value:
     keys = list(key) if isinstance(key, tuple) else [key]
-    if x.stacked is not None and isinstance(keys[0], int):
-        return x.stacked[1][keys[0]]
     if Ellipsis in keys:
         at = keys.index(Ellipsis)
         shown = len([k for k in keys if k is not None and k is not Ellipsis])
         keys[at : at + 1] = [slice(None)] * (len(x.dims) - shown)
+    if x.stacked is not None:
+        at, places = x.stacked
+        rest = keys[:at] + keys[at + 1 :]
+        if at < len(keys) and isinstance(keys[at], int) and all(k == slice(None) for k in rest):
+            return places[keys[at]]
     dims: list[Label] = []
     source = iter(zip(x.dims, x.shape, strict=True))
     for one in keys:
