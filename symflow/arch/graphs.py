@@ -187,7 +187,7 @@ def _taken(node: fx.Node, x: fx.Node, order: list[int]) -> int | None:
     if name in ("unbind", "select"):
         return order[int(str(args[0])) if args else 0]
     if name == "getitem":
-        keys = list(args[0]) if isinstance(args[0], tuple) else [args[0]]
+        keys: list[Any] = list(args[0]) if isinstance(args[0], tuple) else [args[0]]
         if Ellipsis in keys:
             at = keys.index(Ellipsis)
             keys[at : at + 1] = [slice(None)] * (len(order) - len(keys) + 1)
