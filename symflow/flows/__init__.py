@@ -11,6 +11,7 @@ from symflow.flows.sampling import Optimised
 from symflow.flows.settings import FitSettings
 from symflow.flows.source import FanIn, Gaussian, Source
 from symflow.flows.time import BetaTime, TimeLaw
+from symflow.flows.together import fit_together
 from symflow.flows.transfer import transfer
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "WeightZoo",
     "balanced",
     "euclidean",
+    "fit_together",
     "geometric",
     "load",
     "normalized",

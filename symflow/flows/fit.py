@@ -110,6 +110,8 @@ class Trainer:
         self.step = 0
         self.best: dict[str, Tensor] = {}
         self.best_loss = math.inf
+        # Of other architectures, whose fields have the same parameters: see fit_together.
+        self.companions: tuple[Trainer, ...] = ()
 
     def run(self, folder: Path | None, progress: bool) -> None:
         """Train to the end, from the checkpoint in ``folder`` if there is one."""
@@ -144,16 +146,19 @@ class Trainer:
     # ---------------------------------------------------------------- one step
 
     def _advance(self) -> float:
-        flow = self.flow
-        generator = self._generator(self.step)
-        size = self.settings.batch_size
-        share = self._share(size)
-        loss = self._loss(
-            generator, self.starts, self.ends, size, flow.field, self.conditions, share
-        )
+        every = (self, *self.companions)
+        loss = torch.stack([one.batch_loss(self.step) for one in every]).mean()
         value = self.descent.step(loss, self.step)
         self.step += 1
         return value
+
+    def batch_loss(self, step: int) -> Tensor:
+        """Return the loss of a step's batch."""
+        size = self.settings.batch_size
+        share, generator = self._share(size), self._generator(step)
+        return self._loss(
+            generator, self.starts, self.ends, size, self.flow.field, self.conditions, share
+        )
 
     def _loss(
         self,
@@ -295,8 +300,14 @@ class Trainer:
         return torch.Generator().manual_seed((self.settings.seed + 1) * 1_000_003 + step)
 
     def _validate(self) -> dict[str, float]:
+        found = [one.held_out_loss() for one in (self, *self.companions)]
+        known = [loss for loss in found if loss is not None]
+        return {"validation": sum(known) / len(known)} if known else {}
+
+    def held_out_loss(self) -> float | None:
+        """Return the loss of the running average on held-out networks, if there are any."""
         if self.validation is None:
-            return {}
+            return None
         with torch.no_grad():
             loss = self._loss(
                 self._generator(-3),
@@ -304,7 +315,7 @@ class Trainer:
                 self._at_most(_VALIDATION_DRAWS),
                 self.flow.average,
             )
-        return {"validation": float(loss)}
+        return float(loss)
 
     def _keep(self, record: dict[str, float], *, last: bool) -> None:
         """Remember the running average of the least held-out loss; at the end, go back to it."""
