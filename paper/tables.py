@@ -91,6 +91,7 @@ THESIS = {
     "mnist-large": {},
     "deepweight": {},
     "digits": {},
+    "digits-limit": {},
 }
 
 

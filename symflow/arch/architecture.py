@@ -13,17 +13,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from symflow.arch.checks import require_finite, require_names
+from symflow.arch.checks import require_finite, require_names, require_ties
 from symflow.arch.layout import Axis, Leaf, assemble
 from symflow.arch.running import has_recurrence, mappable, tensors_of
 from symflow.arch.symmetry import Symmetry
 from symflow.arch.template import (
     canonical_names,
     frozen_keys,
+    is_limit,
     leaves_of,
     template,
     ties_across_modules,
     within,
+    without_eps,
 )
 from symflow.arch.trace import trace
 from symflow.arch.twins import require_twin
@@ -88,6 +90,7 @@ class Architecture:
         *example_inputs: Any,
         frozen: Sequence[str] | None = None,
         twin: "Architecture | None" = None,
+        preserves: str = "function",
     ) -> "Architecture":
         """Trace a module, find the symmetries of its weights, and try each of them.
 
@@ -105,6 +108,10 @@ class Architecture:
             A smaller network of the same class, traced before. Then nothing is tried on this one,
             which may be on the meta device: its claim is believed if it has the structure of the
             twin's.
+        preserves
+            ``"limit"``: units before a BatchNorm are scaled, too, with its running statistics:
+            exact for an eps of zero, with which that is tried. Nothing compensates these scales:
+            the sphere section alone takes them away.
 
         Raises
         ------
@@ -129,12 +136,13 @@ class Architecture:
         """
         traced = template(module, example_inputs)
         names, aliases = canonical_names(traced)
-        found = trace(traced, example_inputs, names, frozen_keys(module, frozen, names))
+        limit = is_limit(preserves)
+        found = trace(traced, example_inputs, names, frozen_keys(module, frozen, names), limit)
         leaves = leaves_of(traced, found.leaves, dict(aliases))
         leaves = within(leaves, {a.name: a.over for a in found.axes})
         symmetry = Symmetry(leaves, found.axes, found.fixed)
         if twin is None:
-            verify(traced, example_inputs, leaves, symmetry)
+            verify(without_eps(traced) if limit else traced, example_inputs, leaves, symmetry)
         else:
             require_twin(traced, symmetry, twin.module, twin.symmetry)
         return Architecture(traced, example_inputs, leaves, symmetry, found.output, aliases)
@@ -298,12 +306,7 @@ class Architecture:
                     "convert the network first, as in net.to(device, dtype)"
                 )
         tolerance(first.dtype)
-        for alias, key in self.aliases:
-            if alias in state and not torch.equal(state[alias], state[key]):
-                raise LeafError(
-                    f"{name}: {alias!r} is tied to {key!r} in this architecture, but they differ: "
-                    "trace a module in which they are not tied"
-                )
+        require_ties(self.aliases, state, name)
         pieces = [
             leaf.of(state[leaf.key].detach()).reshape(*batch, leaf.size) for leaf in self.leaves
         ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from symflow.arch.layout import Leaf
@@ -31,6 +32,24 @@ def require_names(
             f"{name}: unknown leaves {unknown}; the architecture has {sorted(wanted)[:12]}. "
             "Drop them, or trace the module that they belong to"
         )
+
+
+def require_ties(
+    aliases: tuple[tuple[str, str], ...], state: Mapping[str, Tensor], name: str
+) -> None:
+    """Refuse values of tied weights that differ.
+
+    Raises
+    ------
+    LeafError
+        Naming both keys.
+    """
+    for alias, key in aliases:
+        if alias in state and not torch.equal(state[alias], state[key]):
+            raise LeafError(
+                f"{name}: {alias!r} is tied to {key!r} in this architecture, but they differ: "
+                "trace a module in which they are not tied"
+            )
 
 
 def require_finite(leaves: tuple[Leaf, ...], w: Tensor, name: str) -> None:

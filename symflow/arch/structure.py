@@ -85,9 +85,12 @@ class Structure(ABC):
     ----------
     names
         From each key of the state dict to its canonical one, for tied weights.
+    limit
+        Whether scales count that are exact only as the eps of normalisation layers goes to zero.
     """
 
-    def __init__(self, names: dict[str, str]) -> None:
+    def __init__(self, names: dict[str, str], *, limit: bool = False) -> None:
+        self.limit = limit
         self.axes: dict[str, RawAxis] = {}
         self.fibres: dict[str, RawFibre] = {}
         self.leaves: dict[str, tuple[Label, ...]] = {}

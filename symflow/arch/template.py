@@ -14,6 +14,11 @@ from torch.nn.utils import parametrize
 from symflow.arch.layout import Dim, Factors, Leaf, cut
 from symflow.errors import LeafError, ShapeError, SymmetryError, UnsupportedModuleError
 
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
 
 def canonical_names(module: nn.Module) -> tuple[dict[str, str], tuple[tuple[str, str], ...]]:
     """Every key with the first key of the same tensor, and the list of the further keys."""
@@ -100,6 +105,28 @@ def template(module: Any, inputs: tuple[Any, ...]) -> nn.Module:
             "what its forward takes, in the module's dtype; the first dimension is the batch"
         ) from error
     return template
+
+
+def is_limit(preserves: str) -> bool:
+    """Whether symmetries count that are exact only as eps goes to zero.
+
+    Raises
+    ------
+    ShapeError
+        If it is neither ``"function"`` nor ``"limit"``.
+    """
+    if preserves not in ("function", "limit"):
+        raise ShapeError(f"preserves must be 'function' or 'limit', got {preserves!r}")
+    return preserves == "limit"
+
+
+def without_eps(module: nn.Module) -> nn.Module:
+    """Copy a module; its BatchNorms and InstanceNorms divide by the deviation alone."""
+    found = copy.deepcopy(module)
+    for part in found.modules():
+        if isinstance(part, _NORMS):
+            part.eps = 0.0
+    return found
 
 
 def leaves_of(

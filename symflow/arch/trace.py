@@ -114,6 +114,7 @@ def trace(
     inputs: tuple[Any, ...],
     names: dict[str, str],
     frozen: frozenset[str] = frozenset(),
+    limit: bool = False,
 ) -> Trace:
     """Trace a module and label every leaf.
 
@@ -127,6 +128,8 @@ def trace(
         From every key of the state dict to its canonical one (tied weights share a canonical key).
     frozen
         Canonical keys of leaves that must stay as they are.
+    limit
+        Whether scales count that are exact only as the eps of normalisation layers goes to zero.
 
     Raises
     ------
@@ -135,7 +138,7 @@ def trace(
         names the place.
     """
     graph = graph_of(module, inputs)
-    tracing = Tracing(names)
+    tracing = Tracing(names, limit=limit)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     interpreter = _Interpreter(graph, tracing, parameters)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from symflow.arch import Architecture, Dim, scale_coordinates
-from symflow.errors import ConvergenceError
+from symflow.errors import ConvergenceError, LeafError
 from symflow.groups import GeneralLinear, ScalingGroup
 from symflow.manifolds import BalancedCone
 from symflow.numerics import power_of_two, tolerance
@@ -81,12 +81,18 @@ class BalancedSection(Section):
     >>> section = BalancedSection(symflow.mlp([1, 1, 1]))
     >>> section.project(torch.tensor([1.0, 0.0, 16.0, 5.0]))  # in, bias, out, output bias
     tensor([4., 0., 4., 5.])
+
+    Raises
+    ------
+    LeafError
+        If nothing compensates the scales of an axis, as those of units before a BatchNorm.
     """
 
     def __init__(self, arch: Architecture) -> None:
         self.arch = arch
         self.symmetry = arch.symmetry.compact
         self._axes = scaled_axes(arch)
+        _require_compensated(arch, self._axes)
         # Coordinates by unit, which A and A^-T multiply, for each axis whose units mix.
         self._mixed = {
             a: tuple(
@@ -341,3 +347,19 @@ def _masked(energy: _Energy, alive: Mapping[str, Tensor]) -> _Energy:
 def _count(arch: Architecture, axis: str) -> int:
     """Count the units of an axis, for each unit of the one it is over."""
     return math.prod(unit_shape(arch, axis))
+
+
+def _require_compensated(arch: Architecture, axes: Sequence[str]) -> None:
+    sides = {
+        (dim.axis, dim.degree > 0)
+        for leaf in arch.leaves
+        for dim in leaf.dims
+        if leaf.learnable and dim.degree
+    }
+    alone = [name for name in axes if (name, True) in sides and (name, False) not in sides]
+    if alone:
+        raise LeafError(
+            f"nothing compensates the scales of axis {alone[0]} ({arch.symmetry[alone[0]].reason}):"
+            " its weights could shrink without end. Use section='sphere', or trace the module "
+            "with preserves='function'"
+        )

@@ -93,10 +93,9 @@ class SphereSection(Section):
             name: unit_coordinates(arch, name, 1)
             if bias == "joint"
             else _without_biases(arch, name)
-            for name in scaled_axes(arch)
+            for name in _feed_forward(arch, scaled_axes(arch))
         }
         self._incoming = {name: unit_coordinates(arch, name, 1) for name in self._rows}
-        _require_feed_forward(arch, list(self._rows))
         self._last = _output_coordinates(arch) if preserves == "argmax" else None
         rows, radii = list(self._rows.values()), [1.0] * len(self._rows)
         if self._last is not None:
@@ -165,17 +164,31 @@ def _expand(x: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
     return x.expand(*batch, x.shape[-1]), removed.expand(*batch, removed.shape[-1])
 
 
-def _require_feed_forward(arch: Architecture, axes: list[str]) -> None:
-    """Refuse rows that the scales of later units, or their own, change again."""
+def _feed_forward(arch: Architecture, axes: list[str]) -> list[str]:
+    """Order axes so that none's rows are changed again by the scales of later ones.
+
+    As they are, but that those of one residual stream, which stand together, come where they are
+    made. Rows that later units', or their own, scales change again are refused.
+    """
+    before: dict[str, dict[str, str]] = {name: {} for name in axes}
     for leaf in arch.leaves:
-        places = [axes.index(d.axis) for d in leaf.dims if d.axis in axes and d.degree == 1]
-        sources = [axes.index(d.axis) for d in leaf.dims if d.axis in axes and d.degree < 0]
-        if places and sources and max(sources) >= min(places):
+        for target in leaf.dims:
+            for source in leaf.dims:
+                known = target.axis in before and source.axis in before
+                if known and target.degree == 1 and source.degree < 0:
+                    before[target.axis or ""][source.axis or ""] = leaf.name
+    ordered: list[str] = []
+    while left := [name for name in axes if name not in ordered]:
+        ready = next((a for a in left if not before[a].keys() & set(left)), None)
+        if ready is None:
+            target, source = next((a, b) for a in left for b in before[a] if b in left)
             raise LeafError(
-                f"leaf {leaf.name!r} leads from axis {axes[max(sources)]} to {axes[min(places)]}, "
-                "which comes no later: the sphere section goes from input to output, one layer "
-                "after the other. Use section='balanced'"
+                f"leaf {before[target][source]!r} leads from axis {source} to {target}, which "
+                "comes no later: the sphere section goes from input to output, one layer after the "
+                "other. Use section='balanced'"
             )
+        ordered.append(ready)
+    return ordered
 
 
 def _without_biases(arch: Architecture, axis: str) -> Tensor:

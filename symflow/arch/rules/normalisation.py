@@ -1,13 +1,14 @@
 """Normalisation layers: what comes in loses its scale, what goes out has one of its own."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn import functional as F
 
-from symflow.arch.labels import Label
+from symflow.arch.labels import Atom, Label
 from symflow.arch.rules.elementwise import PLAIN
-from symflow.arch.rules.registry import Activation, Value, rule
+from symflow.arch.rules.registry import RELU, Activation, Value, rule
 
 if TYPE_CHECKING:
     from symflow.arch.trace import Call
@@ -21,20 +22,26 @@ if TYPE_CHECKING:
 @rule(nn.InstanceNorm3d)
 def _channels(call: "Call", x: Value) -> Value:
     # The normalisation hides the scale of what comes in; gain and bias give a new one to what goes
-    # out. (What is before it could be scaled and negated with the running statistics; the scale
-    # only as far as epsilon is nothing beside the variance.)
-    before = _normalised(call, x)
+    # out. What is before it can be scaled with the running statistics, as far as epsilon is nothing
+    # beside the variance.
+    seen = _normalised(call, x, scaled=call.tracing.limit)
+    before = call.tracing.permuted(seen)
     after = _rescaled(call, x, before, call.module.affine)
     if call.module.track_running_stats:
-        call.label("running_mean", before)
-        call.label("running_var", before)
+        call.label("running_mean", seen)
+        call.label("running_var", seen.each(partial(Atom.power, k=2)))
     return x.with_dim(1, after, x.shape[1])
 
 
-def _normalised(call: "Call", x: Value) -> Label:
-    for dim in x.dims:  # positions are normalised together
-        call.tracing.weaken(dim, PLAIN, call.name)
-    return call.tracing.permuted(x.dims[1])
+def _normalised(call: "Call", x: Value, *, scaled: bool = False) -> Label:
+    """Label what comes in, without scales unless these are to be kept."""
+    for k, dim in enumerate(x.dims):  # positions are normalised together
+        call.tracing.weaken(dim, RELU if scaled and k == 1 else PLAIN, call.name)
+    if not scaled:
+        return call.tracing.permuted(x.dims[1])
+    label = call.tracing.resolve(x.dims[1])
+    call.tracing.unmix(label)
+    return label
 
 
 @rule(F.batch_norm)
