@@ -97,7 +97,8 @@ def test_nothing_balances_them():
     with pytest.raises(LeafError, match=r"nothing compensates the scales of axis h1\.1"):
         BalancedSection(arch)
     with pytest.raises(LeafError, match="section='sphere'"):
-        symflow.Quotient(arch)
+        symflow.Quotient(arch, section="balanced")
+    assert isinstance(symflow.Quotient(arch).section, SphereSection)
 
 
 def test_scales_of_a_residual_stream_are_taken_away_where_they_are_made():

@@ -84,8 +84,8 @@ class Leaf:
     Attributes
     ----------
     name
-        Its key in the state dict; for a part of a parameter with its region, as in
-        ``conv.weight[:, 0:64]``.
+        Its key in the state dict; for a part of a parameter with its region (in the ``grid``, if
+        there is one), as in ``conv.weight[:, 0:64]``.
     shape
         Its shape, one size for each of its dimensions.
     dims

@@ -18,6 +18,7 @@ from symflow.sections import (
     Section,
     SphereSection,
     noncompact_axes,
+    uncompensated_axes,
 )
 
 
@@ -60,6 +61,8 @@ def a_section(arch: Architecture, section: Any, preserves: Any) -> Section:
             "preserves='argmax' puts the last layer on a sphere: it needs section='sphere', got "
             f"{_shown(section)}"
         )
+    if section == "auto" and uncompensated_axes(arch):
+        section = "sphere"
     if section == "sphere" or preserves == "argmax":
         return SphereSection(arch, preserves=preserves)
     if section == "balanced" or (section == "auto" and noncompact_axes(arch)):

@@ -36,9 +36,9 @@ class Quotient:
     section
         ``"balanced"``: least norm on each scaling orbit, chordal distance. ``"sphere"``: incoming
         weights of each unit on a sphere, arcs. None: no section, for compact symmetries only.
-        ``"auto"``: balanced where scales act, else None. Or a :class:`~symflow.sections.Section` of
-        this architecture (of ``arch.with_groups(groups)`` if groups are given); what it preserves
-        is then its own choice.
+        ``"auto"``: balanced where scales act, spheres where nothing compensates them, else None. Or
+        a :class:`~symflow.sections.Section` of this architecture (of ``arch.with_groups(groups)``
+        if groups are given); what it preserves is then its own choice.
     aligner
         Searches K; :class:`~symflow.WeightMatching` with covariant starts by default.
     groups

@@ -6,6 +6,7 @@ from symflow.sections.base import (
     mixed_axes,
     noncompact_axes,
     scaled_axes,
+    uncompensated_axes,
     unit_coordinates,
 )
 from symflow.sections.centred import CentredSection
@@ -21,5 +22,6 @@ __all__ = [
     "mixed_axes",
     "noncompact_axes",
     "scaled_axes",
+    "uncompensated_axes",
     "unit_coordinates",
 ]

@@ -21,6 +21,7 @@ from symflow.sections.base import (
     require_finite,
     rescale,
     scaled_axes,
+    uncompensated_axes,
     unit_coordinates,
     unit_shape,
 )
@@ -92,7 +93,7 @@ class BalancedSection(Section):
         self.arch = arch
         self.symmetry = arch.symmetry.compact
         self._axes = scaled_axes(arch)
-        _require_compensated(arch, self._axes)
+        _require_compensated(arch)
         # Coordinates by unit, which A and A^-T multiply, for each axis whose units mix.
         self._mixed = {
             a: tuple(
@@ -349,14 +350,8 @@ def _count(arch: Architecture, axis: str) -> int:
     return math.prod(unit_shape(arch, axis))
 
 
-def _require_compensated(arch: Architecture, axes: Sequence[str]) -> None:
-    sides = {
-        (dim.axis, dim.degree > 0)
-        for leaf in arch.leaves
-        for dim in leaf.dims
-        if leaf.learnable and dim.degree
-    }
-    alone = [name for name in axes if (name, True) in sides and (name, False) not in sides]
+def _require_compensated(arch: Architecture) -> None:
+    alone = uncompensated_axes(arch)
     if alone:
         raise LeafError(
             f"nothing compensates the scales of axis {alone[0]} ({arch.symmetry[alone[0]].reason}):"

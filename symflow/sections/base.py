@@ -111,6 +111,27 @@ def scaled_axes(arch: Architecture) -> list[str]:
     return [a.name for a in arch.axes if isinstance(a.group, ScalingGroup)]
 
 
+def uncompensated_axes(arch: Architecture) -> list[str]:
+    """Names of scaled axes whose learnable weights all grow together: there is nothing to balance.
+
+    Such are the scales of what stands before a BatchNorm (``preserves="limit"``).
+
+    Examples
+    --------
+    >>> import symflow
+    >>> uncompensated_axes(symflow.mlp([2, 3, 1]))
+    []
+    """
+    sides = {
+        (dim.axis, dim.degree > 0)
+        for leaf in arch.leaves
+        for dim in leaf.dims
+        if leaf.learnable and dim.degree
+    }
+    scaled = scaled_axes(arch)
+    return [name for name in scaled if (name, True) in sides and (name, False) not in sides]
+
+
 def mixed_axes(arch: Architecture) -> list[str]:
     """Names of the axes on which a non-compact group mixes units.
 
