@@ -124,6 +124,12 @@ def test_what_cannot_be_trained_together_is_refused():
         fit_together([], [], steps=1)
     with pytest.raises(ShapeError, match=r"flows\[1\] is flows\[0\]"):
         fit_together([one, one], zoos_of(), steps=1)
+    with pytest.raises(ShapeError, match=r"flows\[2\] is flows\[1\]"):
+        fit_together([one, two, two], [*zoos_of(), zoos_of()[1]], steps=1)
+    wider = flows_of()[1]
+    wider.field.double()
+    with pytest.raises(ShapeError, match="float64"):
+        fit_together([one, wider], zoos_of(), steps=1)
     with pytest.raises(ShapeError, match=r"flows\[1\] must have a field with the parameters"):
         fit_together([one, flows_of(depth=2)[1]], zoos_of(), steps=1)
     deeper = geometric(symflow.mlp([5, 4, 3]), source=Gaussian(0.3), **FIELD)

@@ -126,3 +126,87 @@ def test_a_concatenation_of_fixed_parts_is_fixed():
     atom = nested([(Atom(2),), (Atom(3),)])
     assert atom == Atom(5, parts=()) or label_of([(atom,)]) == FIXED
     assert Label(((Atom(2, "#0"), nested([(Atom(1, "#1"),), (Atom(3),)])),)).size == 8
+
+
+class Run(nn.Module):
+    """A forward pass written as a function of the module and its input."""
+
+    def __init__(self, run, **layers):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def interleaved(net, x):
+    q, k, v = (part.transpose(1, 2) for part in net.a(x).view(2, 5, 2, 4, 3).unbind(-1))
+    return net.b(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 8))
+
+
+def cut_where_it_comes_twice(net, x):
+    y = net.a(x)
+    return net.b(torch.cat([y, y], -1)[..., 5:9])
+
+
+def unflattened_where_it_comes_twice(net, x):
+    y = net.a(x)
+    g = (y.transpose(1, 2) @ y).reshape(-1, 64).reshape(-1, 2, 4, 2, 4)
+    return net.b(g.reshape(-1, 64))
+
+
+def single_units_of_heads(net, x):
+    parts = list(net.a(x).view(2, 5, 2, 3).split([1, 1, 1], -1))
+    return net.b(parts[2].reshape(2, 5, 2))
+
+
+def outer_units_cut_later(net, x):
+    y = net.a(x).view(2, 5, 3, 6).transpose(1, 2)
+    y = ((y @ y.mT).softmax(-1) @ y).transpose(1, 2)
+    return net.b(y.split([1, 1, 1], 2)[1].reshape(2, 5, 6))
+
+
+def one_number_times_all(net, x):
+    return net.c(net.b(x) * net.a(x))
+
+
+def one_number_added_to_all(net, x):
+    return net.c(net.b(x) + net.a(x))
+
+
+@pytest.mark.parametrize(
+    ("run", "layers"),
+    [
+        (interleaved, {"a": (3, 24), "b": (8, 2)}),
+        (cut_where_it_comes_twice, {"a": (3, 6), "b": (4, 2)}),
+        (unflattened_where_it_comes_twice, {"a": (3, 8), "b": (64, 2)}),
+        (single_units_of_heads, {"a": (3, 6), "b": (2, 2)}),
+        (outer_units_cut_later, {"a": (3, 18), "b": (6, 2)}),
+        (one_number_times_all, {"a": (3, 1), "b": (3, 5), "c": (5, 2)}),
+        (one_number_added_to_all, {"a": (3, 1), "b": (3, 5), "c": (5, 2)}),
+    ],
+)
+def test_units_taken_apart_in_odd_ways_keep_what_is_true(run, layers):
+    """Claims hold at other weights than those they were tried at; round trips are exact."""
+    torch.manual_seed(0)
+    net = Run(run, **{name: nn.Linear(*sizes) for name, sizes in layers.items()})
+    x = torch.randn(2, 5, 3)
+    arch = symflow.Architecture.from_module(net, x)
+    w = arch.flatten(net.double())
+    assert torch.equal(arch.flatten(arch.unflatten(w)), w)
+    g = arch.symmetry.random(generator=torch.Generator().manual_seed(1), like=w)
+    moved = arch.symmetry.act(g, w)
+    assert not torch.equal(moved, w)
+    torch.testing.assert_close(arch.apply(moved, x.double()), arch.apply(w, x.double()))
+
+
+def test_groups_of_channels_behind_larger_groups():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(2, 4, 1, groups=2), nn.ReLU(), nn.Conv2d(4, 4, 1, groups=4)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)),
+    )
+    arch = symflow.Architecture.from_module(net, torch.zeros(2, 2, 3, 3))
+    assert arch.symmetry.dimension == 4  # of two channels, alike in both groups, which stay

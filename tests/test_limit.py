@@ -121,3 +121,32 @@ def test_scales_of_a_residual_stream_are_taken_away_where_they_are_made():
 def test_other_words_are_refused():
     with pytest.raises(ShapeError, match="preserves must be 'function' or 'limit', got 'argmax'"):
         traced("argmax")
+
+
+@pytest.mark.parametrize("options", [{"track_running_stats": False}, {"affine": False}])
+def test_norms_without_statistics_or_gains(options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, **options), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(6, 3, dtype=torch.float64)
+    arch = symflow.Architecture.from_module(net, x.float(), preserves="limit")
+    w = weights(arch)
+    g = arch.symmetry.random(generator=torch.Generator().manual_seed(3), like=w)
+    before, after = arch.apply(w, x), arch.apply(arch.symmetry.act(g, w), x)
+    assert (after - before).abs().max() < 1e-3 * before.abs().max()
+
+
+def test_units_that_nothing_reads_are_not_compensated_either():
+    class Unread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x)[..., :2].relu())
+
+    arch = symflow.Architecture.from_module(Unread(), torch.zeros(2, 3))
+    with pytest.raises(LeafError, match="with_groups"):
+        BalancedSection(arch)
+    w = weights(arch)
+    assert isinstance(symflow.Quotient(arch).section, SphereSection)
+    assert symflow.Quotient(arch).distance(w, w) == 0

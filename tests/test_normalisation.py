@@ -310,3 +310,15 @@ def test_the_behaviour_loss_needs_no_true_statistics():
     assert not arch.apply(w, x).isfinite().all()
     flow.fit(w, inputs=x, behaviour=10.0, behaviour_inputs=8, steps=4, log_every=1, lr=0.01)
     assert torch.tensor([h["loss"] for h in flow.history]).isfinite().all()
+
+
+def test_by_batch_of_a_norm_at_two_places():
+    torch.manual_seed(0)
+    norm, x = nn.BatchNorm1d(4), torch.randn(6, 3)
+    net = nn.Sequential(nn.Linear(3, 4), norm, nn.ReLU(), nn.Linear(4, 4), norm, nn.Linear(4, 2))
+    arch = symflow.Architecture.from_module(net, x)
+    w = arch.flatten(net)
+    found = by_batch(arch).apply(w, x)
+    torch.testing.assert_close(found, copy.deepcopy(net).train()(x), atol=1e-5, rtol=1e-5)
+    assert torch.equal(by_batch(arch).flatten(net), w)
+    assert torch.equal(arch.flatten(arch.load_into(copy.deepcopy(net), w)), w)

@@ -327,7 +327,7 @@ class Architecture:
     def state_dict(self, w: Float[Tensor, "*batch D"]) -> dict[str, Tensor]:
         """Return a complete state dict: the leaves, tied keys, and the template's counters."""
         found = self.unflatten(w)
-        found |= {alias: found[name] for alias, name in self.aliases}
+        found |= {alias: found[name] for alias, name in self.aliases if name in found}
         own = self.module.state_dict()
         return {key: found[key] if key in found else value for key, value in own.items()}
 

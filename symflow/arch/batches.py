@@ -38,13 +38,16 @@ def by_batch(arch: Architecture) -> Architecture:
     tensor([0., 1.])
     """
     module = copy.deepcopy(arch.module)
-    found = [(path, x) for path, x in module.named_modules() if isinstance(x, BATCH_NORM)]
+    # One module may stand at several places.
+    places = module.named_modules(remove_duplicate=False)
+    found = [(path, part) for path, part in places if isinstance(part, BATCH_NORM)]
     if not found:
         return arch
+    new = {part: _ByBatch(part) for _, part in found}
     if found[0][0] == "":
-        return replace(arch, module=_ByBatch(found[0][1]))
+        return replace(arch, module=new[found[0][1]])
     for path, part in found:
-        module.set_submodule(path, _ByBatch(part))
+        module.set_submodule(path, new[part])
     return replace(arch, module=module)
 
 
@@ -58,6 +61,8 @@ class _ByBatch(nn.Module):
     def __init__(self, part: BatchNorm) -> None:
         nn.Module.__init__(self)
         self.weight, self.bias, self.eps = part.weight, part.bias, part.eps
+        for name, value in part.named_buffers(recurse=False):  # leaves stay what they are
+            self.register_buffer(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)

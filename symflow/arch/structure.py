@@ -189,9 +189,10 @@ class Structure(ABC):
             return [p for part in raw.parts for p in self._expanded(self._part(atom, part))]
         if raw.factors:
             first, last = raw.factors
-            outer = self._expanded(self._part(atom, first, last))[0]
+            outer = self._expanded(self._part(atom, first, last))
             inner = self._expanded(replace(atom, axis=last, size=self.axes[last].size))
-            return [(*outer, *(inner[0] if len(inner) == 1 else (nested(inner),)))]
+            behind = inner[0] if len(inner) == 1 else (nested(inner),)
+            return [(*part, *behind) for part in outer]
         if raw.fixed:
             return [(Atom(atom.size),)]
         degrees: dict[str, int] = {}
@@ -238,7 +239,9 @@ class Structure(ABC):
         for size in sizes:
             taken: list[tuple[Atom, ...]] = []
             while queue and (left := size - sum(map(size_of, taken))) > 0:
-                part = queue.pop(0)
+                # Anew: an axis that comes twice has been cut where it came first.
+                part, *more = self._resolved(queue.pop(0))
+                queue[:0] = more
                 if size_of(part) > left:
                     halves = self._halved(part, left)
                     if halves is None:
@@ -306,7 +309,11 @@ class Structure(ABC):
             while (left := size // max(1, math.prod(a.size for a in taken))) > 1:
                 if not queue:
                     return None
-                atom = queue.pop(0)
+                (now, *others) = self._expanded(queue.pop(0))
+                if others:
+                    return None
+                atom, *more = now
+                queue[:0] = more
                 if left % atom.size:
                     if atom.size % left or atom.parts:
                         return None
@@ -314,7 +321,7 @@ class Structure(ABC):
                     queue.insert(0, rest)
                 taken.append(atom)
             found.append(taken or [Atom(1)])
-        if queue and all(atom.size == 1 for atom in queue):
+        if found and queue and all(atom.size == 1 for atom in queue):
             found[-1] += queue
             queue = []
         return None if queue else found
@@ -330,12 +337,13 @@ class Structure(ABC):
         return [label_of([tuple(piece)]) for piece in pieces]
 
     def scaled(self, label: Label, by: Label) -> Label:
-        """Return a label whose first factor is scaled by another one's scales too."""
+        """Return a label whose first factors are scaled by another one's scales too."""
         found, other = self.resolve(label), self.resolve(by)
         if FIXED in (found, other):
             return found
-        (first, *inner), (second, *_) = found.parts[0], other.parts[0]
-        return Label(((self.product(first, second), *inner),))
+        part, scales = found.parts[0], other.parts[0]
+        front = [self.product(x, y) for x, y in zip(part, scales, strict=False)]
+        return Label(((*front, *part[len(front) :]),))
 
     def _split(self, atom: Atom, outer: int) -> tuple[Atom, Atom]:
         """Split a factor in two; the inner units may then move differently in each outer one."""

@@ -121,11 +121,11 @@ def is_limit(preserves: str) -> bool:
 
 
 def without_eps(module: nn.Module) -> nn.Module:
-    """Copy a module; its BatchNorms and InstanceNorms divide by the deviation alone."""
+    """Copy a module; its BatchNorms and InstanceNorms divide by the deviation alone, in float64."""
     found = copy.deepcopy(module)
     for part in found.modules():
         if isinstance(part, _NORMS):
-            part.eps = 0.0
+            part.eps = torch.finfo(torch.float64).tiny  # PyTorch refuses zero in places
     return found
 
 

@@ -169,7 +169,10 @@ class Tracing(Structure):
                 two, rest = self._split(two, one.size)
                 right.insert(0, rest)
             pairs.append((one, two))
-        return pairs if all(atom.size == 1 for atom in (*left, *right)) else None
+        if any(atom.size > 1 for atom in (*left, *right)):
+            return None
+        # A single unit beside nothing has no scale of its own.
+        return [*pairs, *((atom, Atom(1)) for atom in left), *((Atom(1), atom) for atom in right)]
 
     def _tie_atoms(self, one: Atom, two: Atom, reason: str, scales: bool) -> None:
         if one.parts or two.parts:

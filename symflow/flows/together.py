@@ -31,7 +31,8 @@ def fit_together(
 
     Every step takes a batch of each architecture. Its networks are seen by the field one by one, as
     ever, and the loss is the mean over all. Each flow keeps its own section, path, and the units in
-    which the field sees weights; the parameters of the fields become one and the same.
+    which the field sees weights; the parameters of the fields become one and the same, so that
+    training one of the flows again moves all.
 
     Parameters
     ----------
@@ -85,8 +86,9 @@ def fit_together(
     if any(count_of(flow.field) for flow in flows):
         raise StateError("flows with conditions are trained one by one: use flow.fit")
     for k, flow in enumerate(others, 1):
-        if flow is first:
-            raise ShapeError(f"flows[{k}] is flows[0]: each needs a flow of its own")
+        same = next((j for j in range(k) if flows[j] is flow), None)
+        if same is not None:
+            raise ShapeError(f"flows[{k}] is flows[{same}]: each zoo needs a flow of its own")
         _require_same(flow.field, first.field, k)
     for flow in others:
         share(flow.field, first.field)
@@ -130,13 +132,14 @@ def share(field: VectorField, owner: VectorField) -> None:
 
 def _require_same(field: VectorField, owner: VectorField, k: int) -> None:
     ours, theirs = (
-        {name: tuple(p.shape) for name, p in one.named_parameters()} for one in (field, owner)
+        {name: (tuple(p.shape), p.dtype, str(p.device)) for name, p in one.named_parameters()}
+        for one in (field, owner)
     )
     differ = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
     if differ or type(field) is not type(owner):
         name = differ[0] if differ else type(field).__name__
         raise ShapeError(
-            f"flows[{k}] must have a field with the parameters of flows[0]: {name!r} has shape "
-            f"{ours.get(name, 'none')}, there {theirs.get(name, 'none')}. Architectures may differ "
-            "in the sizes of symmetric axes alone, and fields need the same options"
+            f"flows[{k}] must have a field with the parameters of flows[0]: {name!r} is "
+            f"{ours.get(name, 'missing')}, there {theirs.get(name, 'missing')}. Architectures may "
+            "differ in the sizes of symmetric axes alone, and fields need the same options"
         )

@@ -355,6 +355,6 @@ def _require_compensated(arch: Architecture) -> None:
     if alone:
         raise LeafError(
             f"nothing compensates the scales of axis {alone[0]} ({arch.symmetry[alone[0]].reason}):"
-            " its weights could shrink without end. Use section='sphere', or trace the module "
-            "with preserves='function'"
+            " its weights could shrink without end. Use section='sphere', or leave them out: "
+            f"arch.with_groups({{{alone[0]!r}: symflow.Permutation(...)}})"
         )

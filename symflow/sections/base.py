@@ -114,7 +114,8 @@ def scaled_axes(arch: Architecture) -> list[str]:
 def uncompensated_axes(arch: Architecture) -> list[str]:
     """Names of scaled axes whose learnable weights all grow together: there is nothing to balance.
 
-    Such are the scales of what stands before a BatchNorm (``preserves="limit"``).
+    Such are the scales of what stands before a BatchNorm (``preserves="limit"``), and of units that
+    nothing reads.
 
     Examples
     --------

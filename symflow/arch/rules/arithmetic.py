@@ -33,7 +33,7 @@ def _add(call: "Call", x: Any, y: Any, **_options: Any) -> Value:
         if m == n:
             dims.append(call.tracing.unify(a, b, f"added to something that stays, at {call.path}"))
             continue
-        dims.append(a if n == 1 else b)  # one number is added to all units
+        dims.append(spread(call, a, b, n))  # one number is added to all units
         call.tracing.weaken(dims[-1], PLAIN, call.name)
     return Value(call.shape, tuple(dims))
 
@@ -47,7 +47,7 @@ def multiply(call: "Call", x: Any, y: Any) -> Value:
     """Multiply two tensors, or a tensor by a number."""
     if not (isinstance(x, Value) and isinstance(y, Value)):
         return call.elementwise(x if isinstance(x, Value) else y, LINEAR)
-    dims = [gated(call, a, b) if m == n else a if n == 1 else b for a, b, m, n in aligned(x, y)]
+    dims = [gated(call, a, b) if m == n else spread(call, a, b, n) for a, b, m, n in aligned(x, y)]
     return Value(call.shape, tuple(dims))
 
 
@@ -111,7 +111,7 @@ def matmul(call: "Call", x: Value, y: Value) -> Value:
         raise TypeError("tensors of two dimensions or more are wanted")
     # What the units are over comes first: each of those may have an element of its own.
     batch = [
-        gated(call, a, b) if m == n else a if n == 1 else b
+        gated(call, a, b) if m == n else spread(call, a, b, n)
         for a, b, m, n in aligned(
             Value(x.shape[:-2], x.dims[:-2]), Value(y.shape[:-2], y.dims[:-2])
         )
@@ -126,6 +126,13 @@ def matmul(call: "Call", x: Value, y: Value) -> Value:
 @rule("baddbmm")
 def _addmm(call: "Call", bias: Value, x: Value, y: Value, **_options: Any) -> Value:
     return _add(call, matmul(call, x, y), bias)
+
+
+def spread(call: "Call", a: Label, b: Label, n: int) -> Label:
+    """Meet one unit (of ``b`` if ``n`` is one, else of ``a``) with all of another dimension."""
+    single, many = (b, a) if n == 1 else (a, b)
+    call.tracing.weaken(single, PLAIN, call.name)
+    return many
 
 
 def aligned(x: Value, y: Value) -> list[tuple[Label, Label, int, int]]:

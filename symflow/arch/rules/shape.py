@@ -82,6 +82,8 @@ def _stack(call: "Call", x: Value, at: int) -> Value | None:
         shape = (*call.shape[:at], *call.shape[at + 1 :])
         places: list[Value] = []
         for piece in pieces or ():
+            if not sizes:
+                tracing.fix(piece, f"single units are read at {call.path}")
             found = tracing.split(piece, sizes)
             if found is None:
                 return None
@@ -224,6 +226,11 @@ def _split(call: "Call", x: Value, split_size: Any, dim: int = 0) -> tuple[Value
     return tuple(x.with_dim(dim, piece, m) for piece, m in zip(pieces, sizes, strict=True))
 
 
+@rule("mT")
+def _swapped(call: "Call", x: Value) -> Value:
+    return _transpose(call, x, -2, -1)
+
+
 @rule("permute")
 @rule(torch.permute)
 def _permute(call: "Call", x: Value, *order: Any) -> Value:
@@ -280,6 +287,15 @@ def _slice(
 ) -> Value:
     label = _sliced(call, x.dims[dim], x.shape[dim], slice(start, end, step))
     return x.with_dim(dim, label, call.shape[dim])
+
+
+@rule(getattr)
+def _attribute(call: "Call", x: Value, name: str) -> Value:
+    if name == "mT":
+        return _transpose(call, x, -2, -1)
+    if name == "T":
+        return _t(call, x)
+    raise UnsupportedModuleError(f"{call.path!r}: the attribute {name!r} of a tensor has no rule")
 
 
 @rule("t")
