@@ -62,8 +62,8 @@ class Owner:
     degree: int
     grid: tuple[int, ...] = ()
 
-    def of(self, z: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch rest"]:
-        """Pick the answers of the axis out of those of all channels."""
+    def of(self, z: Float[Tensor, "*batch channels"]) -> Float[Tensor, "..."]:
+        """Pick the answers (*batch, *units, rest) of the axis out of those of all channels."""
         if self.grid:
             z = z.unflatten(-1, self.grid)
         z = z[..., self.begin : self.end]
