@@ -189,6 +189,13 @@ _TOKENS = (torch.randint(23, (2, 5), generator=torch.Generator().manual_seed(0))
 # An MLP beside an attention reads one word at a time: on fewer words than these, some directions of
 # its weights would be shown by none of them.
 _WORDS = 40
+_DECODER: dict[str, Any] = {
+    "vocab_size": _WORDS,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "use_cache": False,
+}
 _MORE = (torch.randint(_WORDS, (2, 5), generator=torch.Generator().manual_seed(0)),)
 _IMAGE = (torch.zeros(2, 3, 16, 16),)
 
@@ -347,14 +354,10 @@ ATTENTION: tuple[tuple[str, Callable[[], nn.Module], tuple[Any, ...], tuple[str,
         "GPT-NeoX (transformers): half of each head is turned, one map for all three",
         pretrained(
             "GPTNeoXForCausalLM",
-            vocab_size=_WORDS,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
+            **_DECODER,
             intermediate_size=12,
             max_position_embeddings=16,
             rotary_pct=0.5,
-            use_cache=False,
         ),
         _MORE,
         ("8 perm", *(_GAIN,) * 3, "12 perm", *_PARTLY_TURNED),
@@ -363,14 +366,10 @@ ATTENTION: tuple[tuple[str, Callable[[], nn.Module], tuple[Any, ...], tuple[str,
         "Phi (transformers): half of each head is turned",
         pretrained(
             "PhiForCausalLM",
-            vocab_size=_WORDS,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
+            **_DECODER,
             intermediate_size=12,
             max_position_embeddings=16,
             partial_rotary_factor=0.5,
-            use_cache=False,
             pad_token_id=0,
             bos_token_id=0,
             eos_token_id=0,
@@ -382,14 +381,10 @@ ATTENTION: tuple[tuple[str, Callable[[], nn.Module], tuple[Any, ...], tuple[str,
         "Falcon (transformers): queries, keys and values side by side in each head",
         pretrained(
             "FalconForCausalLM",
-            vocab_size=_WORDS,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
+            **_DECODER,
             ffn_hidden_size=12,
             new_decoder_architecture=False,
             multi_query=False,
-            use_cache=False,
         ),
         _MORE,
         ("8 perm sign scale", "12 perm", "2 perm", "4 rotary each", "4 linear each"),

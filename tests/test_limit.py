@@ -99,6 +99,13 @@ def test_nothing_balances_them():
     with pytest.raises(LeafError, match="section='sphere'"):
         symflow.Quotient(arch, section="balanced")
     assert isinstance(symflow.Quotient(arch).section, SphereSection)
+    # What the error tells to do, axis by axis.
+    with pytest.raises(LeafError, match=r"with_groups\(\{'h1\.1': symflow\.Trivial\(1\)\}\)"):
+        BalancedSection(arch)
+    fixed = {name: symflow.Trivial(1) for name in ("h1.1", "h2.1")}
+    section = BalancedSection(arch.with_groups(fixed))
+    w = weights(arch)
+    torch.testing.assert_close(arch.apply(section.project(w), X), arch.apply(w, X))
 
 
 def test_scales_of_a_residual_stream_are_taken_away_where_they_are_made():

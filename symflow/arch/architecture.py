@@ -109,9 +109,9 @@ class Architecture:
             which may be on the meta device: its claim is believed if it has the structure of the
             twin's.
         preserves
-            ``"limit"``: units before a BatchNorm are scaled, too, with its running statistics:
-            exact for an eps of zero, with which that is tried. Nothing compensates these scales:
-            the sphere section alone takes them away.
+            ``"limit"``: units before a BatchNorm module are scaled, too, with its running
+            statistics: exact as its eps goes to zero, and tried so. Nothing compensates these
+            scales: the sphere section alone takes them away.
 
         Raises
         ------

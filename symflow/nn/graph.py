@@ -99,10 +99,10 @@ class GraphField(VectorField):
 
     The graph has one node for each unit on which a symmetry acts and one global node, which is
     joined to all others; weights between two such axes are edges in both directions, and so is what
-    belongs together, as a head and the units inside. Each kind of
-    node and edge is embedded by its own linear map (time comes in at every node), the network
-    passes messages, and linear maps read the new numbers from its node embeddings. Message passing
-    commutes with permutations, so the field does.
+    belongs together, as a head and the units inside. Each kind of node and edge is embedded by its
+    own linear map (time comes in at every node), the network passes messages, and linear maps read
+    the new numbers from its node embeddings. Message passing commutes with permutations, so the
+    field does.
 
     Parameters
     ----------

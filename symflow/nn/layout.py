@@ -255,7 +255,7 @@ def symmetric_layout(arch: Architecture, *, extra: int = 0) -> Layout:
 def _positions(leaf: Leaf, names: list[str]) -> tuple[Tensor, tuple[Key, ...]]:
     """Flat positions (*nodes of its ends, features), and which axes these ends are.
 
-    Dimensions over the same one are one end, that one (if it is symmetric) first.
+    Dimensions over the same one are one end, that one first.
     """
     place = torch.arange(leaf.size).reshape(leaf.shape) + leaf.offset
     groups: dict[int, list[int]] = {}

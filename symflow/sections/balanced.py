@@ -353,8 +353,10 @@ def _count(arch: Architecture, axis: str) -> int:
 def _require_compensated(arch: Architecture) -> None:
     alone = uncompensated_axes(arch)
     if alone:
+        axis = arch.symmetry[alone[0]]
+        rest = f"{'Permutation' if axis.over is None else 'Trivial'}({axis.size})"
         raise LeafError(
-            f"nothing compensates the scales of axis {alone[0]} ({arch.symmetry[alone[0]].reason}):"
-            " its weights could shrink without end. Use section='sphere', or leave them out: "
-            f"arch.with_groups({{{alone[0]!r}: symflow.Permutation(...)}})"
+            f"nothing compensates the scales of axis {axis.name} ({axis.reason}): weights could shrink "
+            "without end. Use section='sphere', or leave these scales out: "
+            f"arch.with_groups({{{axis.name!r}: symflow.{rest}}})"
         )

@@ -295,7 +295,10 @@ def _attribute(call: "Call", x: Value, name: str) -> Value:
         return _transpose(call, x, -2, -1)
     if name == "T":
         return _t(call, x)
-    raise UnsupportedModuleError(f"{call.path!r}: the attribute {name!r} of a tensor has no rule")
+    raise UnsupportedModuleError(
+        f"{call.path!r}: the attribute {name!r} of a tensor has no rule. Call a method instead, as "
+        "in x.transpose(-2, -1), or register a rule for builtins.getattr with symflow.arch.rule"
+    )
 
 
 @rule("t")
