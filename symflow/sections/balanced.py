@@ -356,7 +356,7 @@ def _require_compensated(arch: Architecture) -> None:
         axis = arch.symmetry[alone[0]]
         rest = f"{'Permutation' if axis.over is None else 'Trivial'}({axis.size})"
         raise LeafError(
-            f"nothing compensates the scales of axis {axis.name} ({axis.reason}): weights could shrink "
-            "without end. Use section='sphere', or leave these scales out: "
+            f"nothing compensates the scales of axis {axis.name} ({axis.reason}): they could "
+            "shrink without end. Use section='sphere', or leave these scales out: "
             f"arch.with_groups({{{axis.name!r}: symflow.{rest}}})"
         )
