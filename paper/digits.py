@@ -62,9 +62,9 @@ def rows() -> dict[str, FlowSettings]:
     """Return every flow by its row's name."""
     found: dict[str, FlowSettings] = {}
     for preset in PRESETS:
-        # One step is what held-out runs' own ends are nearest to (by_steps): the behaviour loss
-        # does not see how large weights before a BatchNorm are, and ends that are predicted early
-        # are blurred, so that states on the way to them are unlike those of training.
+        # One step is what held-out runs' own ends are nearest to (by_steps). States on the way to
+        # predicted ends are unlike those of training; scales before a BatchNorm, which the behaviour
+        # loss does not see, are a part of that, not all of it (digits-limit).
         found[f"{preset}, run, behaviour"] = replace(CELL, preset=preset)
         found[f"{preset}, run, behaviour, in 1 step"] = replace(CELL, preset=preset, sampling=1)
     found["Geometric, run"] = replace(CELL, behaviour=0.0)
