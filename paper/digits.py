@@ -63,8 +63,8 @@ def rows() -> dict[str, FlowSettings]:
     found: dict[str, FlowSettings] = {}
     for preset in PRESETS:
         # One step is what held-out runs' own ends are nearest to (by_steps). States on the way to
-        # predicted ends are unlike those of training; scales before a BatchNorm, which the behaviour
-        # loss does not see, are a part of that, not all of it (digits-limit).
+        # predicted ends are unlike those of training; scales before a BatchNorm, which the loss
+        # of behaviour does not see, are a part of that, not all of it (digits-limit).
         found[f"{preset}, run, behaviour"] = replace(CELL, preset=preset)
         found[f"{preset}, run, behaviour, in 1 step"] = replace(CELL, preset=preset, sampling=1)
     found["Geometric, run"] = replace(CELL, behaviour=0.0)
