@@ -40,6 +40,7 @@ COUPLINGS = {
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 COMPARED = 2000  # training inputs on which samples are compared with runs
 AUDITED = 64  # samples that are compared with every training network
+NEWER = {"noisy": 0.0, "finish": None, "predicts": "end"}  # settings that the first rows lack
 
 
 @final
@@ -117,6 +118,8 @@ class FlowSettings:
         Of the field, its training and its samples.
     finish
         A second stage of training, or none.
+    predicts
+        What the field gives: the end of a path, or its velocity.
     """
 
     preset: str = "Geometric"
@@ -140,10 +143,11 @@ class FlowSettings:
     seed: int = 0
     noisy: float = 0.0
     finish: Finish | None = None
+    predicts: str = "end"
 
     def told(self) -> dict[str, Any]:
-        """Return what a row depends on; the first ones are older than the last two settings."""
-        told = {k: v for k, v in asdict(self).items() if k not in ("noisy", "finish") or v}
+        """Return what a row depends on."""
+        told = {k: v for k, v in asdict(self).items() if v != NEWER.get(k, ())}
         if self.finish is not None and not self.finish.consensus:
             told["finish"].pop("consensus")
         return told
@@ -291,6 +295,7 @@ class Experiment:
             coupling=COUPLINGS[settings.coupling],
             bridge=settings.bridge,
         ).recipe
+        recipe = replace(recipe, predicts=settings.predicts)
         if settings.alignment is not None:
             recipe = replace(recipe, alignment=settings.alignment)
         return flows.Flow(

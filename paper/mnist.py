@@ -32,6 +32,10 @@ def rows() -> dict[str, FlowSettings]:
             for behaviour in (CELL.behaviour, 0.0):
                 name = f"{preset}, {coupling}{', behaviour' if behaviour else ''}"
                 found[name] = replace(CELL, preset=preset, coupling=coupling, behaviour=behaviour)
+    # A predicted end takes states back to the zoo; a velocity leaves what another task has pulled.
+    found["Euclidean, run, behaviour, velocity"] = replace(
+        CELL, preset="Euclidean", predicts="velocity"
+    )
     return found | {f"Geometric, {n} runs": replace(CELL, runs=n) for n in SIZES}
 
 

@@ -132,14 +132,10 @@ class WeightMatching(Aligner):
         left, right = (
             w.detach().expand(*batch, w.shape[-1]).reshape(-1, w.shape[-1]) for w in (w0, w1)
         )
-
-        def rows(part: Tensor, own: int) -> Tensor:
-            shape = part.shape[own:]
-            return part.expand(*batch, *shape).reshape(-1, *shape)
-
         flat = {
             a.name: map_element(
-                partial(rows, own=len(symmetry.batch_shape(a, element[a.name]))), element[a.name]
+                partial(_rows, batch, len(symmetry.batch_shape(a, element[a.name]))),
+                element[a.name],
             )
             for a in symmetry.axes
         }
@@ -228,6 +224,11 @@ class WeightMatching(Aligner):
 
     def _generator(self, k: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 1009 + k)
+
+
+def _rows(batch: tuple[int, ...], own: int, part: Tensor) -> Tensor:
+    shape = part.shape[own:]
+    return part.expand(*batch, *shape).reshape(-1, *shape)
 
 
 def _best(ends: Sequence[Found]) -> Found:

@@ -103,20 +103,20 @@ class Label:
 
     def each(self, function: Callable[[Atom], Atom]) -> "Label":
         """Apply a function to every factor on which something acts."""
-
-        def within(part: tuple[Atom, ...]) -> tuple[Atom, ...]:
-            return tuple(
-                replace(atom, parts=tuple(map(within, atom.parts)))
-                if atom.parts
-                else (atom if atom.axis is None else function(atom))
-                for atom in part
-            )
-
-        return Label(tuple(map(within, self.parts)))
+        return Label(tuple(_each(function, part) for part in self.parts))
 
     def dual(self) -> "Label":
         """Return the dimension that this one is contracted with."""
         return self.each(Atom.dual)
+
+
+def _each(function: Callable[[Atom], Atom], part: tuple[Atom, ...]) -> tuple[Atom, ...]:
+    return tuple(
+        replace(atom, parts=tuple(_each(function, one) for one in atom.parts))
+        if atom.parts
+        else (atom if atom.axis is None else function(atom))
+        for atom in part
+    )
 
 
 FIXED = Label()

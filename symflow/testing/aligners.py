@@ -235,8 +235,13 @@ def _batch(subject: Subject, draw: Draws) -> None:
     agree(moved, one.weights, f"the element of pair {i, k}")
 
 
+@functools.cache
+def _scaled(width: int) -> Architecture:
+    return mlp([2, width, 1], "relu")
+
+
 def _refusal(subject: Subject, draw: Draws) -> None:
-    arch = mlp([2, draw("width", st.integers(1, 3)), 1], "relu")
+    arch = _scaled(draw("width", st.integers(1, 3)))
     w = draw("w", generic_weights(arch))
     try:
         _built(subject, arch)(arch.symmetry, w, w)

@@ -172,7 +172,8 @@ def weights(
     """
     drawn = tensors(*batch, arch.dimension, low=-3, high=3)
     spoilers = st.lists(st.sampled_from(sorted(_SPOILERS)), max_size=2, unique=True)
-    return st.builds(functools.partial(_spoilt, arch, dtype), drawn, spoilers, seeds())
+    # Not a partial: Hypothesis would print all of the architecture to describe it.
+    return st.builds(_spoilt, st.just(arch), st.just(dtype), drawn, spoilers, seeds())
 
 
 def _spoilt(
@@ -196,7 +197,7 @@ def generic_weights(
     >>> find(generic_weights(mlp([1, 1, 1]), batch=(2,)), lambda w: True).shape
     torch.Size([2, 4])
     """
-    return seeds().map(functools.partial(_normal, arch, batch, dtype))
+    return st.builds(_normal, st.just(arch), st.just(batch), st.just(dtype), seeds())
 
 
 def _normal(arch: Architecture, batch: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:

@@ -238,8 +238,13 @@ def _normed() -> Architecture:
     return Architecture.from_module(net, torch.zeros(1, 2))
 
 
+@cache
+def _shifts() -> Shifts:
+    return Shifts.find(_normed())
+
+
 def _centred() -> CentredSection:
-    return CentredSection(BalancedSection(_normed()), Shifts.find(_normed()))
+    return CentredSection(BalancedSection(_normed()), _shifts())
 
 
 register(CentredSection, st.builds(_centred))
