@@ -134,6 +134,23 @@ def transfer(*, fast: bool) -> str:
     return table(["networks", "accuracy", "loss", "gradients"], rows)
 
 
+def initial(*, fast: bool) -> str:
+    """List how soon other initial weights reach the losses of training from scratch."""
+    rows = []
+    for name, found in ledger("transfer", fast=fast).items():
+        if "epochs" not in found:
+            continue
+        looks = {f"{n} epochs": one for n, one in found["epochs"].items()} | {"least": found}
+        rows.append(
+            [
+                _plain(name.removeprefix("Fashion, from ").removesuffix(", to that loss")),
+                *(f"{x['gradient_evaluations']} of {x['from_scratch']}" for x in looks.values()),
+            ]
+        )
+        heads = ["initial weights", *looks]
+    return table(heads, rows) if rows else ""
+
+
 def toy(*, fast: bool) -> str:
     """List the spreads of the Gaussian toy, relative to those of the target's law."""
     keys = ("mean", "spread_of_means", "spread_of_coordinates")
@@ -204,7 +221,8 @@ def run(*, fast: bool = False) -> None:
     study = json.loads((RESULTS / "demo" / "results.json").read_text())
     parts = {"networks": networks(study), "barriers": barriers(study), "benchmarks": benchmarks()}
     parts |= {experiment: flows(experiment, fast=fast) for experiment in THESIS}
-    parts |= {"transfer": transfer(fast=fast), "toy": toy(fast=fast)}
+    parts |= {"transfer": transfer(fast=fast), "initial": initial(fast=fast)}
+    parts |= {"toy": toy(fast=fast)}
     sizes(fast=fast)
     steps(fast=fast)
     for name, text in parts.items():
