@@ -136,7 +136,7 @@ def transfer(*, fast: bool) -> str:
 
 def initial(*, fast: bool) -> str:
     """List how soon other initial weights reach the losses of training from scratch."""
-    rows = []
+    rows, heads = [], [""]
     for name, found in ledger("transfer", fast=fast).items():
         if "epochs" not in found:
             continue
@@ -148,7 +148,7 @@ def initial(*, fast: bool) -> str:
             ]
         )
         heads = ["initial weights", *looks]
-    return table(heads, rows) if rows else ""
+    return table(heads, rows)
 
 
 def toy(*, fast: bool) -> str:
