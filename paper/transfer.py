@@ -148,7 +148,7 @@ def chosen(
     draw: Callable[[int, Task, Chosen, Tensor], Tensor],
     among: Strengths,
     w: Tensor,
-    steps: int = GUIDED_STEPS,
+    steps: int,
 ) -> dict[str, Any]:
     """Choose a strength on held-out training examples, then measure on the test data."""
     one = partial(draw, steps)
@@ -285,6 +285,7 @@ def run(*, fast: bool, only: str = "") -> None:
     """Run or resume every row whose name holds ``only``."""
     zoo, cells = reduced(ZOO, rows()) if fast else (ZOO, rows())
     flow_settings = cells["Geometric, headline"]
+    few, more = (n // (10 if fast else 1) for n in (GUIDED_STEPS, MORE_STEPS))
     ledger = Ledger("transfer", fast, only)
     experiment = Experiment("mnist", symflow.zoo.mnist(), zoo, fast=fast)
 
@@ -311,7 +312,7 @@ def run(*, fast: bool, only: str = "") -> None:
     told |= {"strengths": STRENGTHS, "rates": RATES, "guided_steps": GUIDED_STEPS}
     ledger.row(
         Row("Fashion, plain descent", told),
-        lambda: chosen(own, partial(descended, own), RATES, starts),
+        lambda: chosen(own, partial(descended, own), RATES, starts, few),
     )
     told |= {"epochs": EPOCHS, "batch": BATCH, "rate": RATE}
     ledger.row(Row("Fashion, from scratch", told), lambda: training_row(own, starts))
@@ -329,16 +330,16 @@ def run(*, fast: bool, only: str = "") -> None:
     ledger.row(Row("Fashion, from flow samples with a fresh last layer", told), hidden_alone)
     ledger.row(
         Row("Fashion, guided", told),
-        lambda: chosen(own, partial(guided, plain()), STRENGTHS, starts),
+        lambda: chosen(own, partial(guided, plain()), STRENGTHS, starts, few),
     )
     told |= {"strengths": MORE_STRENGTHS, "rates": MORE_RATES, "guided_steps": MORE_STEPS}
     ledger.row(
         Row(f"Fashion, guided by {MORE_STEPS} gradients", told),
-        lambda: chosen(own, partial(guided, plain()), MORE_STRENGTHS, starts, MORE_STEPS),
+        lambda: chosen(own, partial(guided, plain()), MORE_STRENGTHS, starts, more),
     )
     ledger.row(
         Row(f"Fashion, plain descent by {MORE_STEPS} gradients", told),
-        lambda: chosen(own, partial(descended, own), MORE_RATES, starts, MORE_STEPS),
+        lambda: chosen(own, partial(descended, own), MORE_RATES, starts, more),
     )
 
     told |= {"strengths": DECAYED_STRENGTHS, "rates": MORE_RATES, "decays": DECAYS}
@@ -348,13 +349,13 @@ def run(*, fast: bool, only: str = "") -> None:
         ledger.row(
             Row(f"Fashion, guided by {MORE_STEPS} gradients, weight decay{end}", told),
             lambda name=name: chosen(
-                own, partial(guided, experiment.fitted(cells[name])[0]), pairs, starts, MORE_STEPS
+                own, partial(guided, experiment.fitted(cells[name])[0]), pairs, starts, more
             ),
         )
     pairs = tuple(itertools.product(MORE_RATES, DECAYS))
     ledger.row(
         Row(f"Fashion, plain descent by {MORE_STEPS} gradients, weight decay", told),
-        lambda: chosen(own, partial(descended, own), pairs, starts, MORE_STEPS),
+        lambda: chosen(own, partial(descended, own), pairs, starts, more),
     )
 
     told = {"networks": NETWORKS, "epochs": EPOCHS, "batch": BATCH, "rate": RATE}
