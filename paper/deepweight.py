@@ -40,8 +40,8 @@ TIMES = 64  # features of the time
 class PlainVelocity(VectorField):
     """A perceptron on the flat vector: it knows nothing of neurons.
 
-    It takes raw weights. Standardised ones are some twenty times larger: Adam's steps on 26,506
-    inputs then move hidden units so far that only the mean of the zoo is learned.
+    It takes raw weights, as theirs does. On standardised ones, which are larger, Adam's steps on
+    26,506 inputs move hidden units far at once.
     """
 
     def __init__(self, arch: Architecture, hidden: int, *, seed: int = 0) -> None:

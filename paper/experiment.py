@@ -295,9 +295,11 @@ class Experiment:
             coupling=COUPLINGS[settings.coupling],
             bridge=settings.bridge,
         ).recipe
-        recipe = replace(recipe, predicts=settings.predicts)
-        if settings.alignment is not None:
-            recipe = replace(recipe, alignment=settings.alignment)
+        recipe = replace(
+            recipe,
+            predicts=settings.predicts,
+            alignment=settings.alignment or recipe.alignment,
+        )
         return flows.Flow(
             self.arch,
             recipe,

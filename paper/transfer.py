@@ -29,7 +29,7 @@ from symflow import flows
 from symflow.arch import Architecture, Leaf
 from symflow.evaluate import accuracy, loss
 from symflow.flows import Guidance, Source
-from symflow.zoo import Task, train
+from symflow.zoo import Task, Zoo, train
 
 WIDTHS = (10, 16, 32, 64)
 NETWORKS = 32
@@ -164,10 +164,9 @@ def chosen(
     }
 
 
-def training_row(arch: Architecture, starts: Tensor) -> dict[str, Any]:
-    """Train from initial weights with Adam; keep the curve of the training loss."""
-    task = fashion()
-    zoo = train(
+def trained(arch: Architecture, starts: Tensor, task: Task, **options: Any) -> Zoo:
+    """Train from initial weights with Adam."""
+    return train(
         arch,
         task,
         runs=len(starts),
@@ -177,7 +176,14 @@ def training_row(arch: Architecture, starts: Tensor) -> dict[str, Any]:
         lr=RATE,
         init=Given(iter(starts)),
         progress=False,
+        **options,
     )
+
+
+def training_row(arch: Architecture, starts: Tensor) -> dict[str, Any]:
+    """Train from initial weights; keep the curve of the training loss."""
+    task = fashion()
+    zoo = trained(arch, starts, task)
     steps = len(task.x_train) // BATCH
     return {
         **figures(arch, zoo.final, task),
@@ -208,21 +214,15 @@ def matched(arch: Architecture, w: Tensor, task: Task, cooled: tuple[float, floa
     return arch.flatten(parts)
 
 
+def between(task: Task) -> int:
+    """Return the steps from one look at held-out examples to the next."""
+    return len(task.x_train) // BATCH // WATCHES
+
+
 def watched(arch: Architecture, starts: Tensor, task: Task) -> tuple[Tensor, list[float]]:
-    """Train from initial weights with Adam; return states, and their mean losses on test data."""
-    zoo = train(
-        arch,
-        task,
-        runs=len(starts),
-        epochs=EPOCHS,
-        batch_size=BATCH,
-        optimizer="adam",
-        lr=RATE,
-        init=Given(iter(starts)),
-        batches="own",  # what shared ones do to all curves alike would hide what weights do
-        snapshot_every=len(task.x_train) // BATCH // WATCHES,
-        progress=False,
-    )
+    """Train from initial weights; return states, and their mean losses on test data."""
+    # What shared mini-batches do to all curves alike would hide what initial weights do.
+    zoo = trained(arch, starts, task, batches="own", snapshot_every=between(task))
     states = torch.as_tensor(zoo.snapshots)
     return states, [float(loss(arch, x, task).mean()) for x in states.unbind(1)]
 
@@ -246,7 +246,7 @@ def initialised(
     tried = {t: watched(arch, initial(choose, t), choose)[1] for t in cooled}
     scratch = watched(arch, starts, task)[1]
     found = cache(lambda t: watched(arch, initial(task, t), task))
-    every = len(task.x_train) // BATCH // WATCHES
+    every = between(task)
 
     def until(told: int, shown: int) -> dict[str, Any]:
         looks = {t: reached(curve, known[told]) for t, curve in tried.items()}
@@ -254,7 +254,7 @@ def initialised(
         states, curve = found(best)
         look = reached(curve, scratch[shown])
         return {
-            **figures(arch, states[:, look - 1], task),
+            **figures(arch, states[:, look - 1 if look > 0 else -1], task),
             "gradient_evaluations": every * look if look > 0 else -1,
             "from_scratch": every * (shown + 1),
             "cooled": best,
@@ -272,7 +272,7 @@ def least(arch: Architecture, starts: Tensor) -> dict[str, Any]:
     """Train from scratch to the least loss on test data: what initial weights are compared by."""
     task = fashion()
     states, curve = watched(arch, starts, task)
-    look, every = curve.index(min(curve)), len(task.x_train) // BATCH // WATCHES
+    look, every = curve.index(min(curve)), between(task)
     return {
         **figures(arch, states[:, look], task),
         "gradient_evaluations": every * (look + 1),

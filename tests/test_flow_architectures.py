@@ -1,5 +1,7 @@
 """Flows over other networks than perceptrons: BatchNorm and convolutions, attention, recurrence."""
 
+import itertools
+
 import pytest
 import torch
 from catalogue import CATALOGUE
@@ -7,13 +9,13 @@ from catalogue import CATALOGUE
 import symflow
 from symflow import flows
 
-CASES = (
-    ("ResNet-20", flows.geometric),
-    ("ResNet-20", flows.balanced),
-    ("vision transformer", flows.euclidean),
-    ("vision transformer", flows.balanced),
-    ("GroupNorm with four groups", flows.normalized),
-    ("LSTM", flows.geometric),
+SUBJECTS = ("ResNet-20", "vision transformer", "GroupNorm with four groups", "LSTM")
+PRESETS = (flows.euclidean, flows.normalized, flows.geometric, flows.balanced)
+# Heads mix their units: they have no sphere section, see the test of its refusal below.
+CASES = tuple(
+    (name, preset)
+    for name, preset in itertools.product(SUBJECTS, PRESETS)
+    if name != "vision transformer" or preset in (flows.euclidean, flows.balanced)
 )
 
 
