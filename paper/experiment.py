@@ -362,6 +362,11 @@ def _folder(settings: FlowSettings) -> str:
     return f"{settings.preset}-{hashlib.sha256(told).hexdigest()[:12]}"
 
 
+def repeated(name: str, settings: FlowSettings) -> dict[str, FlowSettings]:
+    """Return the same flow with other seeds: of its field, its training and its samples."""
+    return {f"{name}, seed {seed}": replace(settings, seed=seed) for seed in (1, 2)}
+
+
 def reduced(
     zoo: ZooSettings, rows: dict[str, FlowSettings]
 ) -> tuple[ZooSettings, dict[str, FlowSettings]]:

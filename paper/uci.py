@@ -5,7 +5,7 @@ The thesis does not give the batch size of its zoo: 128 is a choice of ours.
 
 from dataclasses import replace
 
-from experiment import PRESETS, FlowSettings, ZooSettings, main
+from experiment import PRESETS, FlowSettings, ZooSettings, main, repeated
 
 import symflow
 
@@ -41,11 +41,9 @@ def rows() -> dict[str, FlowSettings]:
         light = replace(wide, depth=1, edge_width=8, steps=8000)
         found[f"{preset}, one layer"] = light
         found[f"{preset}, one layer, in 2 steps"] = replace(light, sampling=2)
-        longer = replace(light, steps=16_000)
+        longer = replace(light, steps=16_000, sampling=2)
         name = f"{preset}, one layer, 16,000 steps, in 2 steps"
-        found[name] = replace(longer, sampling=2)
-        for seed in (1, 2):
-            found[f"{name}, seed {seed}"] = replace(longer, sampling=2, seed=seed)
+        found |= {name: longer} | repeated(name, longer)
     for preset in ("Geometric", "Balanced"):
         found[f"{preset}, quotient OT"] = replace(
             CELL, preset=preset, coupling="quotient OT", alignment="none", batch_size=16, steps=1000
