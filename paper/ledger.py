@@ -60,6 +60,11 @@ class Ledger:
         self.folder = BUILD / self.experiment
         self.file = (BUILD if fast else RESULTS) / f"{self.experiment}.json"
         self.rows = self._stored()
+        # Now, when the code is read: a row may take an hour, and others commit meanwhile.
+        self.code = {
+            "commit": _git("rev-parse", "HEAD"),
+            "changed": bool(_git("status", "--porcelain", "--", "symflow", "paper/*.py")),
+        }
 
     def row(self, row: Row, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a row's figures: those stored for the same settings, or the work's."""
@@ -74,8 +79,7 @@ class Ledger:
         found = {
             "settings": plain["settings"],
             "figures": figures,
-            "commit": _git("rev-parse", "HEAD"),
-            "changed": bool(_git("status", "--porcelain", "--", "symflow", "paper/*.py")),
+            **self.code,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "device": _name(self.devices[0]),
@@ -120,5 +124,5 @@ def _name(device: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    found = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True)
+    found = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True)
     return found.stdout.strip() if found.returncode == 0 else ""

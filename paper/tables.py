@@ -95,13 +95,32 @@ THESIS = {
 }
 
 
+def over_seeds(stored: dict[str, Any]) -> dict[str, Any]:
+    """Put the rows of one flow with several seeds together: means, and their standard errors."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for name, found in stored.items():
+        groups.setdefault(name.partition(", seed ")[0], []).append(found)
+    together = {}
+    for name, group in groups.items():
+        if len(group) == 1:
+            together[name] = group[0]
+            continue
+        one = dict(group[0])  # seconds, too: others may have run on other machines
+        for key in ("accuracy", "loss", "averaged", "diversity", "nearest", "overlap"):
+            one[key] = mean([found[key] for found in group])
+        for key in ("accuracy", "loss"):
+            one[f"{key}_error"] = standard_error([found[key] for found in group])
+        together[f"{name} ({len(group)} seeds)"] = one
+    return together
+
+
 def flows(experiment: str, *, fast: bool) -> str:
     """List every row of an experiment on a zoo: quality, averages, copies, cost."""
     stored = ledger(experiment, fast=fast)
     reference = stored["trained, held out"]["nearest"] if stored else 1.0
     rows = []
-    for name, found in stored.items():
-        theirs = THESIS[experiment].get(name)
+    for name, found in over_seeds(stored).items():
+        theirs = THESIS[experiment].get(name.partition(" (")[0])
         rows.append(
             [
                 _plain(name),

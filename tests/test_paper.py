@@ -109,6 +109,8 @@ def test_tables_hold_every_stored_row(monkeypatch):
     stored.row(Row("Geometric, run", {}), lambda: figures | {"nearest": 1.0, "seconds": 120.0})
     text = tables.flows("mnist", fast=False)
     assert "Geometric, run" in text and "& 0.50 &" in text and "& 2.0 &" in text
+    stored.row(Row("Geometric, run, seed 1", {}), lambda: figures | {"accuracy": 0.94})
+    assert r"Geometric, run (2 seeds) & $0.9200 \pm 0.0200$" in tables.flows("mnist", fast=False)
 
 
 KILLED = """
