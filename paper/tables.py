@@ -162,7 +162,7 @@ def initial(*, fast: bool) -> str:
         looks = {f"{n} epochs": one for n, one in found["epochs"].items()} | {"least": found}
         rows.append(
             [
-                _plain(name.removeprefix("Fashion, from ").removesuffix(", to that loss")),
+                _plain(name.removeprefix("Fashion, from ").replace(", to that loss", "")),
                 *(f"{x['gradient_evaluations']} of {x['from_scratch']}" for x in looks.values()),
             ]
         )
