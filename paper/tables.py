@@ -125,7 +125,7 @@ def flows(experiment: str, *, fast: bool) -> str:
             [
                 _plain(name),
                 rf"${found['accuracy']:.4f} \pm {found['accuracy_error']:.4f}$",
-                rf"${found['loss']:.3f} \pm {found['loss_error']:.3f}$",
+                rf"${found['loss']:.4f} \pm {found['loss_error']:.4f}$",
                 f"{found['averaged']:.4f}",
                 f"{found['diversity']:.4f}",
                 f"{found['nearest'] / reference:.2f}",

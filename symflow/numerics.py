@@ -166,6 +166,39 @@ def angle(u: Float[Tensor, "*#shape n"], v: Float[Tensor, "*#shape n"]) -> Float
     return 2 * torch.atan2(norm(u - v), norm(u + v))
 
 
+def pairwise_angle(
+    u: Float[Tensor, "*#batch n d"], v: Float[Tensor, "*#batch m d"]
+) -> Float[Tensor, "*#batch n m"]:
+    r"""Angles of all pairs of rows, of any lengths; zero rows are at angle zero from each other.
+
+    Chords come from inner products in float64, so nothing of size n m d is made. Squares of angles
+    are right to a few units of roundoff, angles near zero to the root of float64's.
+
+    Examples
+    --------
+    >>> pairwise_angle(torch.eye(2), torch.tensor([[2.0, 0.0]]))
+    tensor([[0.0000],
+            [1.5708]])
+    """
+    a, b = unit(u.to(torch.float64)), unit(v.to(torch.float64))
+    twice = 2 * a @ b.mT
+    squares = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :]
+    near, far = (squares - twice).clamp_min(0), (squares + twice).clamp_min(0)
+    return (2 * torch.atan2(near.sqrt(), far.sqrt())).to(u.dtype)
+
+
+def stretched_arc(theta: Tensor) -> Tensor:
+    """Compute ``theta / sin(theta)``, and one at zero; large, but finite, near pi.
+
+    Examples
+    --------
+    >>> stretched_arc(torch.tensor([0.0, torch.pi / 2]))
+    tensor([1.0000, 1.5708])
+    """
+    least = tolerance(theta.dtype).angle
+    return torch.where(theta < least, torch.ones_like(theta), theta / theta.sin().clamp_min(least))
+
+
 def sinc(x: Tensor) -> Tensor:
     """Compute ``sin(x) / x``, and one at zero, with finite gradients everywhere.
 

@@ -92,10 +92,11 @@ def spaces():
         "Flat": symflow.Quotient(symflow.mlp([4, 5, 3, 2], "tanh")).manifold,
         "SphereProduct": symflow.Quotient(arch, "sphere").manifold,
         "BalancedCone": symflow.Quotient(arch, "balanced").manifold,
+        "ConeProduct": symflow.Quotient(symflow.mlp([4, 5, 2]), metric="intrinsic").manifold,
     }
 
 
-@pytest.mark.parametrize("name", ["Flat", "SphereProduct", "BalancedCone"])
+@pytest.mark.parametrize("name", ["Flat", "SphereProduct", "BalancedCone", "ConeProduct"])
 def test_manifold_laws(name, dtype, generator):
     """What geoopt expects of any manifold, in both precisions."""
     space = spaces()[name]
@@ -125,8 +126,9 @@ def test_manifold_laws(name, dtype, generator):
     assert torch.allclose(space.proju(y, moved), moved, atol=close)
 
 
-def test_transport_keeps_lengths_and_turns_geodesics_into_themselves(dtype, generator):
-    space = spaces()["SphereProduct"]
+@pytest.mark.parametrize("name", ["SphereProduct", "ConeProduct"])
+def test_transport_keeps_lengths_and_turns_geodesics_into_themselves(name, dtype, generator):
+    space = spaces()[name]
     x, y = (
         space.projx(torch.randn(6, space.dimension, generator=generator, dtype=dtype))
         for _ in range(2)

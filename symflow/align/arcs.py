@@ -1,6 +1,4 @@
-"""Polishing on a product of spheres: from the least chord to the least arc."""
-
-from typing import Any
+"""Polishing where units have curved spaces of their own: from the least chord to the least arc."""
 
 import torch
 from jaxtyping import Float
@@ -10,15 +8,15 @@ from symflow.align.base import where
 from symflow.align.costs import Contraction
 from symflow.arch import Element, Symmetry
 from symflow.groups import CompactGroup
-from symflow.manifolds import SphereProduct
-from symflow.numerics import angle, tolerance
+from symflow.manifolds import RowManifold
+from symflow.numerics import tolerance
 
 _SWEEPS = 20
 
 
 def polish_arcs(
     symmetry: Symmetry,
-    manifold: SphereProduct,
+    manifold: RowManifold,
     w0: Float[Tensor, "N D"],
     w1: Float[Tensor, "N D"],
     element: Element,
@@ -70,27 +68,36 @@ def polish_arcs(
     return element
 
 
-def _families(symmetry: Symmetry, manifold: SphereProduct) -> dict[str, int]:
-    """Which axis' units the rows of each family are: the axis of its coordinates' first place."""
+def _families(symmetry: Symmetry, manifold: RowManifold) -> dict[str, int]:
+    """Return which family has the rows of the units of an axis, for each axis that has any."""
     owner: dict[str, int] = {}
-    starts = torch.tensor([0, *(n * d for n, d in manifold.shapes)]).cumsum(0)
-    for k, (n, d) in enumerate(manifold.shapes):
-        coordinates = set(manifold.order[int(starts[k]) : int(starts[k]) + n * d].tolist())
-        for axis in symmetry.axes:
-            leaves = [x for x in symmetry.leaves if _is_row_of(x, axis.name)]
-            mine = {c for x in leaves for c in range(x.span.start, x.span.stop)}
-            if axis.size == n and coordinates <= mine:
+    for axis in symmetry.axes:
+        units = _unit_of(symmetry, axis.name, manifold.dimension)
+        for k, rows in enumerate(manifold.rows):
+            if len(rows) == axis.size and torch.equal(
+                units[rows], torch.arange(axis.size)[:, None].expand_as(rows)
+            ):
                 owner[axis.name] = k
     return owner
 
 
-def _is_row_of(leaf: Any, axis: str) -> bool:
-    return any(d.axis == axis and d.degree == 1 for d in leaf.dims)
+def _unit_of(symmetry: Symmetry, axis: str, dimension: int) -> Tensor:
+    """Return which unit of an axis each coordinate belongs to; -1 if to none."""
+    units = torch.full((dimension,), -1)
+    for leaf in symmetry.leaves:
+        degrees = [d.degree if d.axis == axis else 0 for d in leaf.dims]
+        # A weight of a unit on another one of its axis is in the row of the one that receives.
+        k = next((k for p in (1, None) for k, q in enumerate(degrees) if q and p in (q, None)), -1)
+        if k >= 0:
+            index = torch.arange(leaf.span.start, leaf.span.stop).reshape(leaf.shape)
+            rows = index.movedim(k, 0).reshape(leaf.shape[k], -1)
+            units[rows] = torch.arange(len(rows))[:, None].expand_as(rows)
+    return units
 
 
 def _costs(
     symmetry: Symmetry,
-    manifold: SphereProduct,
+    manifold: RowManifold,
     w0: Tensor,
     w1: Tensor,
     element: Element,
@@ -104,24 +111,15 @@ def _costs(
     costs = problem.costs(axis, element, rows)
     if axis in families:
         still = element | {axis: symmetry[axis].group.identity(like=w1)}
-        k, others = families[axis], symmetry.act(still, w1)
-        p, q = manifold.split(w0)[0][k], manifold.split(others)[0][k]
-        theta = angle((p / manifold.radii[k])[:, :, None], (q / manifold.radii[k])[:, None])
-        square, flipped = theta.square(), (torch.pi - theta).square()
-        scale = manifold.radii[k] ** 2 / 2
-        for degree, c in ((0, -scale * (square + flipped)), (1, -scale * (square - flipped))):
+        square, turned = manifold.between(families[axis], w0, symmetry.act(still, w1))
+        for degree, c in ((0, -(square + turned) / 2), (1, -(square - turned) / 2)):
             costs[degree] = costs[degree] + c if degree in costs else c
     return costs
 
 
-def _slopes(manifold: SphereProduct, x: Tensor, y: Tensor, skip: int | None) -> Tensor:
+def _slopes(manifold: RowManifold, x: Tensor, y: Tensor, skip: int | None) -> Tensor:
     """Differentiate minus the squared distance by the inner product of each coordinate."""
-    xs, rest = manifold.split(x)
-    ys, _ = manifold.split(y)
-    parts: list[Tensor] = []
-    for k, (p, q, r) in enumerate(zip(xs, ys, manifold.radii, strict=True)):
-        theta = angle(p / r, q / r)[..., None]
-        sine = theta.sin().clamp_min(tolerance(x.dtype).angle)
-        slope = torch.where(theta < tolerance(x.dtype).angle, torch.ones_like(theta), theta / sine)
-        parts.append((2 * slope).expand_as(p) * (0 if k == skip else 1))
-    return manifold.join(parts, torch.full_like(rest, 2.0))
+    parts = manifold.slopes(x, y)
+    if skip is not None:
+        parts[skip] = torch.zeros_like(parts[skip])
+    return manifold.join(parts, torch.full_like(manifold.split(x)[1], 2.0))

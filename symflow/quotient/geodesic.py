@@ -19,7 +19,8 @@ class Geodesic:
 
     Which path it is depends on the section: on the sphere section great circles; on flat space a
     straight line; on the balanced section the chord, whose inner points are not balanced (they can
-    be moved to the balanced point of their orbit: ``path(t, rebalance=True)``). It is a shortest
+    be moved to the balanced point of their orbit: ``path(t, rebalance=True)``), or with its
+    intrinsic metric a path of balanced points. It is a shortest
     path of the section space divided by the compact group, as far as the alignment is optimal.
 
     Attributes
@@ -91,6 +92,7 @@ class Geodesic:
         On the sphere section its tangent part turns along great circles. On flat space nothing
         turns, nor along the chord of the balanced section: what is carried there is a vector of
         the ambient space, as ``direction`` is one (``manifold.proju`` takes its tangent part).
+        With the intrinsic metric the tangent part is carried.
         """
         return self.manifold.carry(self.start, self.direction, v)
 

@@ -11,6 +11,7 @@ from symflow.align import Aligner
 from symflow.arch import Architecture, Shifts
 from symflow.errors import LeafError, ShapeError
 from symflow.groups import Group
+from symflow.manifolds import WeightManifold
 from symflow.sections import (
     BalancedSection,
     CentredSection,
@@ -88,15 +89,28 @@ def centred(section: Section, shifts: Any) -> Section:
     return CentredSection(section, shifts)
 
 
-def leaf_weights(arch: Architecture, metric: Any) -> Tensor | None:
-    """Return the factor of every coordinate in squared lengths, or None if all are one."""
+def space_of(section: Section, metric: Any) -> WeightManifold:
+    """Return the section's space with the metric of that name, or with factors of its leaves."""
     if metric is None:
-        return None
-    if not isinstance(metric, Mapping):
+        return section.manifold
+    if isinstance(metric, Mapping):
+        return section.manifold.weighted(_leaf_weights(section.arch, metric))
+    if metric != "intrinsic":
         raise ShapeError(
-            "metric must be None or a dict from keys of parameters to positive factors, got "
-            f"{_shown(metric)}"
+            "metric must be None, 'intrinsic' or a dict from keys of parameters to positive "
+            f"factors, got {_shown(metric)}"
         )
+    inside = section.inside if isinstance(section, CentredSection) else section
+    if not isinstance(inside, BalancedSection):
+        raise ShapeError(
+            "metric='intrinsic' is the balanced section's, whose own distances are chords; those "
+            f"of a {type(inside).__name__} are intrinsic as they are: leave metric out"
+        )
+    return inside.intrinsic()
+
+
+def _leaf_weights(arch: Architecture, metric: Mapping[Any, Any]) -> Tensor:
+    """Return the factor of every coordinate in squared lengths."""
     keys = list(dict.fromkeys(leaf.key for leaf in arch.leaves if leaf.learnable))
     unknown = sorted(map(str, set(metric) - set(keys)))
     if unknown:

@@ -11,7 +11,7 @@ from symflow.align.arcs import polish_arcs
 from symflow.arch import Symmetry
 from symflow.errors import ShapeError
 from symflow.groups import map_element
-from symflow.manifolds import SphereProduct, WeightManifold
+from symflow.manifolds import RowManifold, WeightManifold
 
 
 def align_points(
@@ -23,7 +23,7 @@ def align_points(
     *,
     bounds: bool = False,
 ) -> Alignment:
-    """Align with the aligner; on spheres, where it is about chords, improve the arcs after it.
+    """Align with the aligner; where units have curved spaces, improve arcs after chords.
 
     Where coordinates have weights, the aligner sees them multiplied by their roots, and objective
     and bound are those of the metric.
@@ -31,7 +31,7 @@ def align_points(
     found = aligner(symmetry, manifold.stretch(x0), manifold.stretch(x1))
     if manifold.weights is not None:
         found = replace(found, weights=symmetry.act(found.element, x1))
-    if isinstance(manifold, SphereProduct):
+    if isinstance(manifold, RowManifold):
         found = _polish(symmetry, manifold, found, x0, x1)
     if bounds:
         found = replace(
@@ -41,7 +41,7 @@ def align_points(
 
 
 def _polish(
-    symmetry: Symmetry, manifold: SphereProduct, found: Alignment, x0: Tensor, x1: Tensor
+    symmetry: Symmetry, manifold: RowManifold, found: Alignment, x0: Tensor, x1: Tensor
 ) -> Alignment:
     batch, d = found.weights.shape[:-1], x1.shape[-1]
     left, right = (x.detach().expand(*batch, d).reshape(-1, d) for x in (x0, x1))

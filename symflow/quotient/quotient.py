@@ -14,7 +14,7 @@ from symflow.groups import Group
 from symflow.manifolds import WeightManifold
 from symflow.quotient.geodesic import Geodesic
 from symflow.quotient.mean import frechet_mean
-from symflow.quotient.options import a_section, an_aligner, centred, leaf_weights, with_groups
+from symflow.quotient.options import a_section, an_aligner, centred, space_of, with_groups
 from symflow.quotient.pairs import pairwise
 from symflow.quotient.points import align_points, require_broadcast
 from symflow.quotient.principal import Principal, principal
@@ -53,7 +53,9 @@ class Quotient:
     metric
         Factors of leaves in squared distances, by key: ``{"0.weight": 0.1}``; one where none is
         given. Alignment, means and principal directions go by it, the section does not. Not on
-        spheres.
+        spheres. Or ``"intrinsic"``: of balanced weights as a manifold, whose geodesics stay
+        balanced, instead of chords; for networks none of whose weights stand between two scaled
+        axes (:class:`symflow.manifolds.ConeProduct`).
 
     Notes
     -----
@@ -76,7 +78,9 @@ class Quotient:
     NotIsometricError
         If there is no section, but a non-compact group.
     LeafError
-        If ``preserves="argmax"``, but scaling the last layer does more than scaling the outputs.
+        If ``preserves="argmax"``, but scaling the last layer does more than scaling the outputs; if
+        ``metric="intrinsic"``, but a weight belongs to two scaled units, or linear maps are
+        balanced.
 
     Examples
     --------
@@ -98,13 +102,12 @@ class Quotient:
         groups: Mapping[str, Group[Any]] | None = None,
         preserves: str = "function",
         shifts: "str | Shifts | None" = None,
-        metric: Mapping[str, float | int] | None = None,
+        metric: Mapping[str, float | int] | str | None = None,
     ) -> None:
         self.arch = with_groups(arch, groups or {})
         self.section = centred(a_section(self.arch, section, preserves), shifts)
         self.aligner = WeightMatching() if aligner is None else an_aligner(aligner)
-        weights, space = leaf_weights(self.arch, metric), self.section.manifold
-        self._space = space if weights is None else space.weighted(weights)
+        self._space = space_of(self.section, metric)
 
     @property
     def symmetry(self) -> Symmetry:
@@ -164,8 +167,8 @@ class Quotient:
     ) -> tuple[Float[Tensor, "*#batch"], Float[Tensor, "*#batch"]]:
         """Bracket the true distance of two orbits.
 
-        The lower bound comes from an upper bound of the inner product over all of K; on the sphere
-        section it is that of the chord, which no arc undercuts.
+        The lower bound comes from an upper bound of the inner product over all of K; where
+        distances are arcs it is that of the chord, which no arc undercuts.
         """
         x0, x1 = self._ends(w0, w1)
         found = self.align_points(x0, x1, bounds=True)
@@ -194,8 +197,9 @@ class Quotient:
 
         Inverse of ``log`` as long as no closer element of the orbit turns up on the way. On spheres
         only the tangent part of ``v`` counts (and rows that lead straight to the zero row of a dead
-        unit, as ``log`` makes them). On the balanced section geodesics are chords: after another
-        ``v`` than one of ``log`` the end need not be balanced; ``project`` it.
+        unit, as ``log`` makes them). On the balanced section geodesics are chords (but with
+        ``metric="intrinsic"``): after another ``v`` than one of ``log`` the end need not be
+        balanced; ``project`` it.
 
         Raises
         ------

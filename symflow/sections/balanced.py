@@ -12,7 +12,7 @@ from torch import Tensor
 from symflow.arch import Architecture, Dim, scale_coordinates
 from symflow.errors import ConvergenceError, LeafError
 from symflow.groups import GeneralLinear, ScalingGroup
-from symflow.manifolds import BalancedCone
+from symflow.manifolds import BalancedCone, ConeProduct
 from symflow.numerics import power_of_two, tolerance
 from symflow.sections.base import (
     Section,
@@ -172,6 +172,56 @@ class BalancedSection(Section):
     ) -> Float[Tensor, "*#batch D"]:
         """Return the weights."""
         return x
+
+    def intrinsic(self) -> ConeProduct:
+        """Return the balanced weights with the metric of the set itself: arcs instead of chords.
+
+        Raises
+        ------
+        LeafError
+            If a weight belongs to two scaled units, whose cones are not independent then, or if
+            linear maps are balanced: no closed form is known there.
+
+        Examples
+        --------
+        >>> import symflow
+        >>> space = BalancedSection(symflow.mlp([2, 3, 1])).intrinsic()
+        >>> space.check_point_on_manifold(space.projx(torch.randn(space.dimension)))
+        True
+        """
+        if self._mixed:
+            axis = self.arch.symmetry[next(iter(self._mixed))]
+            raise LeafError(
+                f"metric='intrinsic' is known for scales, not for the linear maps of axis "
+                f"{axis.name} ({axis.group}): leave metric out, or these maps: "
+                f"arch.with_groups({{{axis.name!r}: symflow.Trivial({axis.size})}})"
+            )
+        sides: dict[str, dict[int, Tensor]] = {}
+        for leaf in self.arch.leaves:
+            own = [d for d in leaf.dims if leaf.learnable and self._scales(d)]
+            if len(own) > 1:
+                raise LeafError(
+                    f"metric='intrinsic' wants weights of one scaled unit each, but {leaf.name!r} "
+                    f"stands between units of {own[0].axis} and {own[1].axis}: leave metric out "
+                    "for chords, take section='sphere', or leave the scales of one of them out"
+                )
+            for d in own:
+                axis = d.axis or ""
+                found = sides.setdefault(axis, {})
+                found[d.degree] = unit_coordinates(self.arch, axis, d.degree)
+        families: list[tuple[Any, ...]] = []
+        for axis, found in sides.items():
+            if len(found) > 2:
+                raise LeafError(
+                    f"metric='intrinsic' wants two sides of each unit, but axis {axis} scales "
+                    f"weights by {len(found)} powers, {sorted(found)}: leave metric out"
+                )
+            down, up = sorted(found)
+            odd = up % 2 == 1, down % 2 == 1
+            families.append((found[up], found[down], -down / up, odd))
+        incoming, outgoing, ratios, odd = ([one[j] for one in families] for j in range(4))
+        counted = self.arch.num_parameters
+        return ConeProduct(self.arch.dimension, incoming, outgoing, ratios, odd, counted)
 
     def _exponents(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the entries of E for the balanced cone, over learnable coordinates."""

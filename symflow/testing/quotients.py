@@ -13,7 +13,8 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from symflow.align import Status
-from symflow.manifolds import SphereProduct
+from symflow.errors import LeafError, ShapeError
+from symflow.manifolds import ConeProduct, RowManifold, SphereProduct
 from symflow.quotient import Geodesic, Quotient
 from symflow.sections import Section
 from symflow.testing.aligners import single_axis_rivals
@@ -83,7 +84,16 @@ def quotients() -> SearchStrategy[Quotient]:
     """
     kinds = concrete_classes(Section, "symflow.sections")
     sections = st.one_of([values(cls) for cls in kinds]).filter(_has_no_ties)
-    return sections.map(lambda section: Quotient(section.arch, section))
+    return sections.flatmap(_with_metrics)
+
+
+def _with_metrics(section: Section) -> SearchStrategy[Quotient]:
+    """Draw the quotient of a section with its own metric, or another one that it has."""
+    own = Quotient(section.arch, section)
+    try:
+        return st.sampled_from((own, Quotient(section.arch, section, metric="intrinsic")))
+    except (LeafError, ShapeError):
+        return st.just(own)
 
 
 def _has_no_ties(section: Section) -> bool:
@@ -93,7 +103,7 @@ def _has_no_ties(section: Section) -> bool:
 
 
 def told(q: Quotient) -> str:
-    """Name a quotient: its section, its aligner and its architecture.
+    """Name a quotient: its section (its space, if another), its aligner and its architecture.
 
     Examples
     --------
@@ -101,7 +111,8 @@ def told(q: Quotient) -> str:
     >>> told(symflow.Quotient(symflow.mlp([2, 1])))
     'FlatSection, WeightMatching, Architecture(Sequential: 2 leaves, D = 3, axes )'
     """
-    return f"{type(q.section).__name__}, {type(q.aligner).__name__}, {q.arch}"
+    space = "" if q.manifold is q.section.manifold else f" as a {q.manifold.name}"
+    return f"{type(q.section).__name__}{space}, {type(q.aligner).__name__}, {q.arch}"
 
 
 def _of_section(body: Body) -> Body:
@@ -162,7 +173,7 @@ def _shortest(q: Quotient, draw: Draws) -> None:
         least = torch.minimum(shortest, length).square()
         agree(least, length.square(), f"squared length of {what}", scale=_size(q, w0, w1) ** 2)
 
-    if isinstance(q.manifold, SphereProduct):
+    if isinstance(q.manifold, RowManifold):
         own = q.aligner(q.symmetry, x0, x1).weights
         no_shorter(own, "the path that the aligner chose by chords, against the arcs'")
     if found.status is not Status.CONVERGED:
@@ -179,7 +190,7 @@ def _is_linearised(q: Quotient, axis: str) -> bool:
     if any(leaf.axes.count(axis) > 1 for leaf in q.arch.leaves):
         return True
     # The arcs of an axis' own rows are assigned exactly; those of other rows see it inside.
-    return isinstance(q.manifold, SphereProduct) and len(q.manifold.shapes) > 1
+    return isinstance(q.manifold, RowManifold) and len(q.manifold.shapes) > 1
 
 
 def _bracket(q: Quotient, draw: Draws) -> None:
@@ -235,6 +246,8 @@ def _curve(q: Quotient, draw: Draws) -> None:
     steps = path(torch.linspace(0, 1, _PIECES + 1).double()).diff(dim=0)
     polygon = steps[:, : q.arch.num_parameters].norm(dim=-1).sum()
     agree(torch.maximum(path.length, polygon), path.length, "chords along the path against it")
+    if isinstance(q.manifold, ConeProduct):
+        return  # near the tip a unit turns quickly, however short the pieces are
     # An arc of angle a is longer than its chord by a factor of at most 1 + a^2 / 24 + O(a^4); no
     # row turns by more than pi.
     longest = torch.minimum(path.length, (1 + (torch.pi / _PIECES) ** 2 / 20) * polygon)
