@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, fx, nn
 
-from symflow.arch.graphs import graph_of
+from symflow.arch.graphs import graphs_of
 from symflow.errors import LeafError, UnsupportedModuleError
 
 
@@ -94,7 +94,7 @@ def fold_gains(module: nn.Module, *example_inputs: Any) -> Folded:
     Orthogonal(size=4)
     """
     made = copy.deepcopy(module)
-    graph = graph_of(made.eval(), example_inputs).graph
+    graph = next(graphs_of(made.eval(), example_inputs)).graph
     gains: dict[str, Tensor] = {}
     readers: dict[str, tuple[str, ...]] = {}
     for node in graph.nodes:

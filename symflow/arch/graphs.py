@@ -2,11 +2,14 @@
 
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 
 from symflow.arch.rules import find_rule
 from symflow.arch.running import tensors_of
@@ -16,11 +19,12 @@ from symflow.errors import UnsupportedModuleError
 WRAPPED = "wrapped."
 
 
-def graph_of(module: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
-    """Return the graph of a module in evaluation mode.
+def graphs_of(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[fx.GraphModule]:
+    """Yield graphs of a module in evaluation mode, the one that tells most first.
 
     torch.fx keeps modules that have a rule as they are, but stumbles over control flow;
-    torch.export follows that on the example inputs, and knows ATen operations only.
+    torch.export follows that on the example inputs, and knows ATen operations only. The last graph
+    has those without a rule taken apart.
 
     Raises
     ------
@@ -32,19 +36,28 @@ def graph_of(module: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
         raise UnsupportedModuleError(
             f"{type(module).__name__} is a single layer: wrap it, as in nn.Sequential(layer)"
         )
+    failed = None
     try:
-        return fx.GraphModule(module, _Tracer().trace(module))
+        graph = fx.GraphModule(module, _Tracer().trace(module))
     except Exception as error:
-        try:
-            return _exported(module, inputs)
-        except Exception as second:
-            place = _place(error)
-            raise UnsupportedModuleError(
-                f"torch.fx cannot trace {type(module).__name__}: {error} (at {place}); neither can "
-                f"torch.export: {str(second).partition(chr(10))[0]} (at {_place(second)}). Move "
-                "what they cannot trace into a submodule and register a rule for that with "
-                "symflow.arch.rule"
-            ) from error
+        failed = error
+    else:
+        yield graph
+    try:
+        exported = _exported(module, inputs)
+    except Exception as second:
+        if failed is None:
+            return
+        place = _place(failed)
+        raise UnsupportedModuleError(
+            f"torch.fx cannot trace {type(module).__name__}: {failed} (at {place}); neither can "
+            f"torch.export: {str(second).partition(chr(10))[0]} (at {_place(second)}). Move "
+            "what they cannot trace into a submodule and register a rule for that with "
+            "symflow.arch.rule"
+        ) from failed
+    yield exported.module(check_guards=False)
+    with suppress(Exception):  # the graph before has told what is missing
+        yield _taken_apart(exported)
 
 
 def _place(error: Exception) -> str:
@@ -77,11 +90,20 @@ class _Tensors(nn.Module):
         return tuple(tensors_of(self.wrapped(*inputs)))
 
 
-def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> fx.GraphModule:
+def _exported(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(_Tensors(module).eval(), inputs, strict=False)
-        return exported.module(check_guards=False)
+        return torch.export.export(_Tensors(module).eval(), inputs, strict=False)
+
+
+def _taken_apart(exported: ExportedProgram) -> fx.GraphModule:
+    """Write operations without a rule as others, where PyTorch knows how."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        table = torch.export.default_decompositions()
+        for known in [one for one in table if find_rule(one) is not None]:
+            del table[known]
+        return exported.run_decompositions(table).module(check_guards=False)
 
 
 @final

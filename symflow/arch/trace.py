@@ -10,7 +10,13 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from symflow.arch.finish import Trace, finish
-from symflow.arch.graphs import WRAPPED, graph_of, rotary_pairs, takes_apart, unstacked_dim
+from symflow.arch.graphs import (
+    WRAPPED,
+    graphs_of,
+    rotary_pairs,
+    takes_apart,
+    unstacked_dim,
+)
 from symflow.arch.labels import FIXED, Atom, Label
 from symflow.arch.rules import Activation, Value, find_rule, require_rule
 from symflow.arch.tracing import Tracing
@@ -137,7 +143,23 @@ def trace(
         If neither torch.fx nor torch.export can trace the module, or an operation has no rule; it
         names the place.
     """
-    graph = graph_of(module, inputs)
+    first = None
+    for graph in graphs_of(module, inputs):
+        try:
+            return _traced(graph, module, inputs, names, frozen, limit)
+        except UnsupportedModuleError as error:
+            first = first or error  # of the graph that is most like the module
+    raise first or UnsupportedModuleError(f"{type(module).__name__} has no graph")
+
+
+def _traced(
+    graph: fx.GraphModule,
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    names: dict[str, str],
+    frozen: frozenset[str],
+    limit: bool,
+) -> Trace:
     tracing = Tracing(names, limit=limit)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     interpreter = _Interpreter(graph, tracing, parameters)

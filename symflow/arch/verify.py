@@ -115,7 +115,14 @@ def trials(module: nn.Module, inputs: tuple[Any, ...], leaves: tuple[Leaf, ...])
         given = tuple(_random_input(x, scale, generator) for x in inputs)
         run = partial(_run, double, leaves, given)
         w = _random_weights(leaves, dict(double.state_dict()), generator)
-        before = run(w)
+        try:
+            before = run(w)
+        except RuntimeError as error:
+            raise UnsupportedModuleError(
+                f"{type(module).__name__} does not run in float64, where its symmetries are tried: "
+                f"{error}. A cast inside, as in x.float(), should follow what it meets: "
+                "x.to(weight.dtype)"
+            ) from error
         if not _finite(before):
             own = double.state_dict()
             w = torch.cat([leaf.of(own[leaf.key]).reshape(-1) for leaf in leaves])

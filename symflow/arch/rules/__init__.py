@@ -3,10 +3,12 @@
 from symflow.arch.rules import (
     arithmetic,
     attention,
+    choice,
     elementwise,
     linear,
     normalisation,
     recurrent,
+    reduction,
     shape,
 )
 from symflow.arch.rules.registry import Activation, Value, find_rule, require_rule, rule
@@ -16,11 +18,13 @@ __all__ = [
     "Value",
     "arithmetic",
     "attention",
+    "choice",
     "elementwise",
     "find_rule",
     "linear",
     "normalisation",
     "recurrent",
+    "reduction",
     "require_rule",
     "rule",
     "shape",

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 @rule("add")
 @rule("add_")
 @rule("sub")
-def _add(call: "Call", x: Any, y: Any, **_options: Any) -> Value:
+def add(call: "Call", x: Any, y: Any, **_options: Any) -> Value:
+    """Add two tensors, or a number to a tensor: all units are scaled alike."""
     if not (isinstance(x, Value) and isinstance(y, Value)):
         return call.elementwise(x if isinstance(x, Value) else y, PLAIN)
     dims: list[Label] = []
@@ -83,7 +84,8 @@ def _divide(call: "Call", x: Any, y: Any, **_options: Any) -> Value:
     if not isinstance(y, Value):
         return call.elementwise(x, LINEAR)
     # One over it is odd, as it is; scales of degree -1 are not followed.
-    return multiply(call, x, call.elementwise(y, Activation(odd=True)))
+    below = replace(call, shape=y.shape)  # it may be broadcast
+    return multiply(call, x, below.elementwise(y, Activation(odd=True)))
 
 
 @rule(operator.pow)
@@ -91,8 +93,10 @@ def _divide(call: "Call", x: Any, y: Any, **_options: Any) -> Value:
 @rule("pow")
 def _power(call: "Call", x: Any, exponent: Any) -> Value:
     if isinstance(exponent, Value):
-        power = call.elementwise(exponent, PLAIN)
-        return multiply(call, call.elementwise(x, PLAIN), power) if isinstance(x, Value) else power
+        power = replace(call, shape=exponent.shape).elementwise(exponent, PLAIN)
+        if not isinstance(x, Value):
+            return power
+        return multiply(call, replace(call, shape=x.shape).elementwise(x, PLAIN), power)
     whole = int(exponent) if float(exponent).is_integer() and exponent > 0 else None
     if whole is None:
         return call.elementwise(x, PLAIN)
@@ -125,7 +129,7 @@ def matmul(call: "Call", x: Value, y: Value) -> Value:
 @rule("addmm")
 @rule("baddbmm")
 def _addmm(call: "Call", bias: Value, x: Value, y: Value, **_options: Any) -> Value:
-    return _add(call, matmul(call, x, y), bias)
+    return add(call, matmul(call, x, y), bias)
 
 
 def spread(call: "Call", a: Label, b: Label, n: int) -> Label:

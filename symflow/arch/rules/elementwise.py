@@ -19,6 +19,7 @@ for _target in (
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
     *(torch.max_pool1d, torch.max_pool2d, "leaky_relu", "max_pool2d", torch.abs, "abs"),
+    *("max_pool1d", "max_pool3d", nn.RReLU, F.rrelu),
 ):
     rule(_target, RELU)
 for _target in (
@@ -28,11 +29,16 @@ for _target in (
     *(nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, F.interpolate),
     *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad2d),
     *(torch.neg, "neg", operator.neg, "adaptive_avg_pool2d", "avg_pool2d", "upsample_nearest2d"),
+    *("avg_pool1d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool3d"),
+    *(nn.ZeroPad3d, nn.ReflectionPad3d, nn.ReplicationPad1d, nn.ReplicationPad3d, nn.CircularPad1d),
+    *(nn.CircularPad2d, nn.CircularPad3d),
 ):
     rule(_target, LINEAR)
 for _target in (
     *(nn.Tanh, torch.tanh, F.tanh, "tanh", torch.sin, "sin", torch.erf, "erf"),
     *(nn.Softsign, F.softsign, nn.Tanhshrink, torch.arctan, torch.reciprocal, "reciprocal"),
+    *(torch.sinh, "sinh", torch.asinh, "asinh", torch.tan, "tan", torch.atan, "atan", F.tanhshrink),
+    *(nn.Softshrink, F.softshrink, "softshrink", torch.round, "round"),
 ):
     rule(_target, ODD)
 for _target in (
@@ -42,6 +48,9 @@ for _target in (
     *(nn.ReLU6, F.relu6, nn.Hardswish, F.hardswish, nn.Hardsigmoid, F.hardsigmoid),
     *(torch.exp, "exp", torch.cos, "cos", torch.softmax, torch.log_softmax, "gelu", "silu"),
     *(torch.rsqrt, "rsqrt", torch.sqrt, "sqrt", "elu", "softplus", "mish", "hardswish", "silu_"),
+    *(torch.log, "log", torch.log1p, "log1p", torch.expm1, "expm1", torch.cosh, "cosh"),
+    *(nn.LogSigmoid, F.logsigmoid, "log_sigmoid", nn.Threshold, F.threshold, "threshold"),
+    *(torch.floor, "floor", torch.ceil, "ceil", nn.Softmin, F.softmin, torch.sign, "sign"),
 ):
     rule(_target, PLAIN)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn import functional as F
 
-from symflow.arch.labels import FIXED, Label
+from symflow.arch.labels import FIXED, Atom, Label, label_of
 from symflow.arch.rules.elementwise import LINEAR, PLAIN
 from symflow.arch.rules.registry import Value, rule
 
@@ -139,7 +139,20 @@ def _aten_embedding(call: "Call", weight: Value, indices: Value, *_args: Any) ->
     return _functional_embedding(call, indices, weight)
 
 
+@rule(nn.Unfold)
+@rule(F.unfold)
+@rule("im2col")
+def _unfold(call: "Call", x: Value, *_options: Any, **_named: Any) -> Value:
+    """Label patches: the places of one are behind the units of its channel."""
+    label, places = call.tracing.resolve(x.dims[1]), call.shape[1] // x.shape[1]
+    parts = label.parts or ((Atom(x.shape[1]),),)
+    patches = label_of([(*part, Atom(places)) for part in parts])
+    return Value(call.shape, (x.dims[0], patches, FIXED))
+
+
 @rule(F.pad)
+@rule("pad")
+@rule("constant_pad_nd")
 def _pad(call: "Call", x: Value, pad: Any, mode: str = "constant", value: Any = None) -> Value:
     for k, (dim, before, after) in enumerate(zip(x.dims, x.shape, call.shape, strict=True)):
         if before != after:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from symflow.arch.labels import FIXED, Atom, Label, label_of
-from symflow.arch.rules.elementwise import PLAIN
 from symflow.arch.rules.registry import Value, rule
 from symflow.errors import UnsupportedModuleError
 
@@ -25,6 +24,7 @@ def _flatten_module(call: "Call", x: Value) -> Value:
 @rule(torch.flatten)
 @rule("flatten")
 @rule("unflatten")
+@rule(torch.unflatten)
 @rule("view")
 @rule("_unsafe_view")
 @rule("reshape")
@@ -134,6 +134,8 @@ def _merged(call: "Call", labels: list[Label], sizes: list[int]) -> Label:
 
 @rule("expand")
 @rule("expand_as")
+@rule("broadcast_to")
+@rule(torch.broadcast_to)
 def _expand(call: "Call", x: Value, *_sizes: Any, **_options: Any) -> Value:
     new = len(call.shape) - len(x.dims)
     dims: list[Label] = []
@@ -248,8 +250,23 @@ def _permute(call: "Call", x: Value, *order: Any) -> Value:
     return Value(call.shape, tuple(x.dims[k] for k in order))
 
 
+@rule("movedim")
+@rule(torch.movedim)
+def _moved(call: "Call", x: Value, source: Any, destination: Any) -> Value:
+    n = len(x.dims)
+    ends = [[k % n for k in ([e] if isinstance(e, int) else e)] for e in (source, destination)]
+    order = [k for k in range(n) if k not in ends[0]]
+    for to, k in sorted(zip(ends[1], ends[0], strict=True)):
+        order.insert(to, k)
+    return _permute(call, x, *order)
+
+
 @rule("transpose")
 @rule(torch.transpose)
+@rule("swapaxes")
+@rule(torch.swapaxes)
+@rule("swapdims")
+@rule(torch.swapdims)
 def _transpose(call: "Call", x: Value, dim0: int, dim1: int) -> Value:
     order = list(range(len(x.dims)))
     order[dim0], order[dim1] = order[dim1], order[dim0]
@@ -290,7 +307,9 @@ def _slice(
 
 
 @rule(getattr)
-def _attribute(call: "Call", x: Value, name: str) -> Value:
+def _attribute(call: "Call", x: Any, name: str) -> Value:
+    if isinstance(x, tuple) and name in ("values", "indices"):  # of a maximum, or sorted
+        return x[name == "indices"]
     if name == "mT":
         return _transpose(call, x, -2, -1)
     if name == "T":
@@ -324,28 +343,6 @@ def _squeeze(call: "Call", x: Value, dim: int | None = None) -> Value:
     for k in gone:
         call.tracing.fix(x.dims[k], f"squeezed away at {call.path}")
     return Value(call.shape, tuple(d for k, d in enumerate(x.dims) if k not in gone))
-
-
-@rule("mean")
-@rule(torch.mean)
-@rule("sum")
-@rule(torch.sum)
-@rule("amax")
-@rule("var")
-@rule("std")
-def _reduce(
-    call: "Call", x: Value, dim: Any = None, keepdim: bool = False, **_options: Any
-) -> Value:
-    every = range(len(x.dims)) if dim is None else (dim,) if isinstance(dim, int) else dim
-    gone = [k % len(x.dims) for k in every]
-    for k in gone:  # a sum over units does not see their order, but each one's sign and scale
-        call.tracing.weaken(x.dims[k], PLAIN, call.name)
-        call.tracing.share(x.dims[k], [dim for j, dim in enumerate(x.dims) if j not in gone])
-    if keepdim:
-        dims = tuple(FIXED if k in gone else d for k, d in enumerate(x.dims))
-    else:
-        dims = tuple(d for k, d in enumerate(x.dims) if k not in gone)
-    return Value(call.shape, dims)
 
 
 @rule(torch.cat)
