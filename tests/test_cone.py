@@ -267,4 +267,14 @@ def test_where_no_closed_form_is_known_the_weight_is_named():
     with pytest.raises(ShapeError, match=r"None, 'intrinsic' or a dict .* got 'chordal'"):
         symflow.Quotient(symflow.mlp([3, 4, 2]), metric="chordal")
     with pytest.raises(ShapeError, match="rows of a ConeProduct overlap"):
-        ConeProduct(3, [torch.tensor([[0, 1]])], [torch.tensor([[1]])])
+        ConeProduct(3, [torch.tensor([[0, 1]])], [torch.tensor([[1, 2]])])
+
+
+def test_a_single_weight_cannot_turn():
+    """Between two signs lies zero: no path of balanced weights leads from one to the other."""
+    for widths in ([3, 4, 1], [1, 4, 2]):
+        arch = symflow.mlp(widths, bias=False)
+        with pytest.raises(LeafError, match=r"units of axis h1 have a single one on a side"):
+            symflow.Quotient(arch, metric="intrinsic")
+    with pytest.raises(ShapeError, match="two weights or more on both sides"):
+        ConeProduct(3, [torch.tensor([[0, 1]])], [torch.tensor([[2]])])

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import symflow
-from symflow.errors import SymmetryError, UnsupportedModuleError
+from symflow.arch.rules import registry
+from symflow.errors import UnsupportedModuleError
 
 P, S = "Permutation(size=6)", "Permutation(size=6) @ Sign(size=6)"
 SCALED = "Permutation(size=6) @ PositiveScale(size=6)"
@@ -119,9 +120,142 @@ def test_channels_that_are_shuffled_keep_what_blocks_allow():
     assert shuffled == ["Permutation(size=2)", "Permutation(size=3) @ PositiveScale(size=3)"]
 
 
-def test_the_place_of_a_maximum_must_not_be_used_as_a_number():
-    with pytest.raises(SymmetryError, match="is not a symmetry"):
-        groups(torch.tanh, lambda h: h + h.max(-1, keepdim=True).indices)
+def test_places_of_extremes_end_all_where_they_are_used_and_nothing_elsewhere():
+    assert groups(torch.tanh, lambda h: h + h.max(-1, keepdim=True).indices) == []
+    assert groups(torch.tanh, lambda h: h + h.topk(2)[1].sum(-1, keepdim=True)) == []
+
+    def values_alone(h):
+        values, _ = h.max(-1, keepdim=True)
+        return h - values
+
+    assert groups(torch.tanh, values_alone) == [P]
+
+
+class Applied(nn.Module):
+    """A function of a module with these parts."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def found(function, x, **parts):
+    arch = symflow.Architecture.from_module(Applied(function, **parts), x)
+    return [str(axis.group) for axis in arch.axes if axis.name.startswith("h")]
+
+
+L, X, T = nn.Linear, torch.zeros(4, 3), torch.zeros(2, 5, 8)
+
+
+def recurrent(zeros):
+    def run(net, x):
+        h = zeros(x)
+        for k in range(5):
+            h = torch.tanh(net.w(x[:, k]) + net.u(h))
+        return net.c(h)
+
+    return run
+
+
+def mixture(net, x):
+    weights, chosen = net.gate(x).topk(2)
+    out = 0
+    for k, expert in enumerate(net.experts):
+        share = (weights.softmax(-1) * (chosen == k)).sum(-1, keepdim=True)
+        out = out + share * expert(x)
+    return out
+
+
+def set_in_place(net, x):
+    h = net.a(x)
+    h[h < 0] = 0
+    return net.c(h)
+
+
+def multiplied_in_place(net, x):
+    h = torch.tanh(net.a(x))
+    h.mul_(torch.tanh(net.b(x)))
+    return net.c(h)
+
+
+def experts():
+    return nn.ModuleList(nn.Sequential(L(3, 6), nn.ReLU(), L(6, 2)) for _ in range(3))
+
+
+WRITTEN = {
+    "sum over an axis": (lambda n, x: n.c(torch.relu(n.a(x)).sum(axis=1)), T, SCALED),
+    "loop from new zeros": (recurrent(lambda x: x.new_zeros(2, 6)), T, P),
+    "loop from zeros": (recurrent(lambda x: torch.zeros(x.size(0), 6)), T, P),
+    "tokens mixed": (
+        lambda n, x: n.e(n.p(torch.relu(n.a(x)).transpose(1, 2)).transpose(1, 2)),
+        T,
+        P,
+    ),
+    "set in place": (set_in_place, X, P),
+    "looked up": (
+        lambda n, x: n.c(torch.tanh(n.a(x))[torch.arange(2), (x[:, :, 0] > 0).sum(1)]),
+        T,
+        S,
+    ),
+    "method where": (lambda n, x: n.c((h := torch.relu(n.a(x))).where(h > 0, 0.0)), X, SCALED),
+    "sum of a list": (lambda n, x: n.c(torch.relu(sum([n.a(x), n.b(x)]))), X, SCALED),
+    "chosen numbers": (lambda n, x: n.c((h := n.a(x)) * torch.where(h >= 0, 1.0, 0.1)), X, SCALED),
+    "clamped above": (lambda n, x: n.c(torch.clamp(n.a(x), max=0)), X, SCALED),
+    "clamped by a parameter": (lambda n, x: n.c(torch.clamp(n.a(x), max=n.v)), X, SCALED),
+    "attention by a vector": (
+        lambda n, x: n.c((torch.softmax((h := torch.tanh(n.a(x))) @ n.v, 1)[..., None] * h).sum(1)),
+        T,
+        S,
+    ),
+    "rounded division": (lambda n, x: n.c(torch.relu(n.a(x)) // 1), X, P),
+    "rounding mode": (lambda n, x: n.c(torch.div(n.a(x), 2, rounding_mode="floor")), X, P),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_networks_as_people_write_them(name):
+    function, x, wanted = WRITTEN[name]
+    parts = {"a": L(x.shape[-1], 6), "b": L(x.shape[-1], 6), "c": L(6, 2), "e": L(6, 2)}
+    parts |= {"w": L(8, 6), "u": L(6, 6), "p": L(5, 5), "v": nn.Parameter(torch.randn(6))}
+    assert wanted in found(function, x, **parts)
+
+
+def test_the_places_of_experts_are_told_apart_and_what_is_in_them_is_not():
+    assert found(mixture, X, gate=L(3, 3), experts=experts()) == [SCALED] * 3
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_may_start_from_zeros(kind):
+    def run(net, x):
+        state = torch.zeros(1, x.size(0), 6)
+        return net.c(net.w(x, (state, state) if kind is nn.LSTM else state)[0][:, -1])
+
+    assert found(run, T, w=kind(8, 6, batch_first=True), c=L(6, 2)) == [P]
+
+
+def test_what_changes_a_tensor_in_place_changes_its_label():
+    """The product of two odd factors has the signs of both: what is read is labelled anew."""
+    parts = {name: L(3, 6) for name in "ab"}
+    assert P in found(multiplied_in_place, X, c=L(6, 2), **parts)
+
+
+@pytest.mark.parametrize("name", ["erfinv", torch.ops.aten.erfinv, torch.ops.aten.erfinv.default])
+def test_exported_operations_are_told_by_their_name(name, monkeypatch):
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+
+    def exported(net, x):  # torch.fx cannot follow a choice
+        return net.c(torch.erfinv(0.1 * torch.tanh(net.a(x)))) if len(x) > 1 else x
+
+    parts = {"a": L(3, 6), "c": L(6, 2)}
+    with pytest.raises(UnsupportedModuleError, match=r"symflow\.arch\.rule\('erfinv', "):
+        found(exported, X, **parts)
+    symflow.arch.rule(name, symflow.arch.Activation(odd=True))
+    assert found(exported, X, **parts) == [S]
 
 
 def test_casts_that_leave_no_float64_to_try_in_are_named():

@@ -147,7 +147,7 @@ def trace(
     for graph in graphs_of(module, inputs):
         try:
             return _traced(graph, module, inputs, names, frozen, limit)
-        except UnsupportedModuleError as error:
+        except (UnsupportedModuleError, ShapeError) as error:
             first = first or error  # of the graph that is most like the module
     raise first or UnsupportedModuleError(f"{type(module).__name__} has no graph")
 
@@ -216,7 +216,10 @@ class _Interpreter(fx.Interpreter):
         args: Any = map_aggregate(n.args, self._label)
         options: Any = map_aggregate(n.kwargs, self._label)
         if n.target is operator.getitem and not isinstance(args[0], Value):
-            return args[0][args[1]]
+            return _part(args[0][args[1]], n)
+        if n.op != "call_module" and "axis" in options and "dim" not in options:
+            options = {**options, "dim": options["axis"]}  # NumPy's name for it
+            del options["axis"]
         target, path, module = n.target, n.name, self.module
         if n.op == "call_module":
             path = str(n.target)
@@ -232,6 +235,8 @@ class _Interpreter(fx.Interpreter):
             value = call.elementwise(_first_value(args, options, path), rule)
         else:
             value = _run(rule, call, args, options)
+        if _in_place(n) and isinstance(n.args[0], fx.Node):
+            self.labels[n.args[0]] = value
         if isinstance(result, Tensor) and value.shape != shape:
             raise ShapeError(
                 f"the rule for {path!r} labels a result of shape {value.shape}, but it is {shape}"
@@ -291,6 +296,17 @@ class _Interpreter(fx.Interpreter):
         if not isinstance(x, fx.Node):
             return x
         return self.labels[x] if x in self.labels else self.env[x]
+
+
+def _part(part: Any, n: fx.Node) -> Any:
+    """Return one of several results; what it ties is tied if anything uses it."""
+    return part(used=bool(n.users)) if callable(part) else part
+
+
+def _in_place(n: fx.Node) -> bool:
+    """Whether an operation changes its first argument, and is not assigned to it."""
+    name = getattr(getattr(n.target, "overloadpacket", n.target), "__name__", n.target)
+    return isinstance(name, str) and name.endswith("_") and not name.endswith("__")
 
 
 def _has_tensors(result: Any) -> bool:

@@ -204,8 +204,13 @@ def _run(
     state = {key: assemble(found) for key, found in parts.items()}
     # Clones: a first layer may work in place.
     given = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
-    with torch.no_grad():
-        return list(tensors_of(functional_call(module, state, given)))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # for tensors that it makes, such as torch.zeros(4, 6)
+    try:
+        with torch.no_grad():
+            return list(tensors_of(functional_call(module, state, given)))
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _random_input(x: Any, scale: float, generator: torch.Generator) -> Any:

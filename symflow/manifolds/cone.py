@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from symflow.errors import ShapeError
 from symflow.manifolds.base import no_rows
 from symflow.manifolds.rows import RowManifold
 from symflow.manifolds.sphere import sphere_log
@@ -93,10 +94,10 @@ class ConeProduct(RowManifold):
 
     Examples
     --------
-    >>> space = ConeProduct(2, [torch.tensor([[0]])], [torch.tensor([[1]])])
-    >>> x, y = torch.tensor([3.0, 3.0]), torch.tensor([-4.0, 4.0])    # u turns by pi, v stays
-    >>> round(float(space.dist(x, y)), 4)    # a sector of pi / sqrt(2): longer than the chord
-    8.9023
+    >>> space = ConeProduct(4, [torch.tensor([[0, 1]])], [torch.tensor([[2, 3]])])
+    >>> x, y = torch.tensor([3.0, 0.0, 3.0, 0.0]), torch.tensor([0.0, 3.0, 3.0, 0.0])
+    >>> round(float(space.dist(x, y)), 4)    # a sector of pi / 2 sqrt(2); the chord is 4.2426
+    4.4739
     """
 
     name = "ConeProduct"
@@ -111,6 +112,11 @@ class ConeProduct(RowManifold):
         counted: int | None = None,
     ) -> None:
         pairs = list(zip(incoming, outgoing, strict=True))
+        if any(1 in (u.shape[1], v.shape[1]) for u, v in pairs):
+            raise ShapeError(
+                "the units of a ConeProduct have two weights or more on both sides: the sign of a "
+                "single one cannot turn without going through zero"
+            )
         RowManifold.__init__(self, dimension, [torch.cat(pair, 1) for pair in pairs], counted)
         self.sizes = [int(u.shape[1]) for u, _ in pairs]
         self.ratios = [1.0] * len(pairs) if ratios is None else [float(k) for k in ratios]

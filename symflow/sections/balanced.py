@@ -185,7 +185,7 @@ class BalancedSection(Section):
         Examples
         --------
         >>> import symflow
-        >>> space = BalancedSection(symflow.mlp([2, 3, 1])).intrinsic()
+        >>> space = BalancedSection(symflow.mlp([2, 3, 2])).intrinsic()
         >>> space.check_point_on_manifold(space.projx(torch.randn(space.dimension)))
         True
         """
@@ -217,6 +217,13 @@ class BalancedSection(Section):
                     f"weights by {len(found)} powers, {sorted(found)}: leave metric out"
                 )
             down, up = sorted(found)
+            if 1 in (found[up].shape[1], found[down].shape[1]):
+                raise LeafError(
+                    f"metric='intrinsic' wants two weights or more on both sides of each unit, but "
+                    f"units of axis {axis} have a single one on a side: its sign cannot turn "
+                    "without going through zero. Leave metric out for chords, or take "
+                    "section='sphere'"
+                )
             odd = up % 2 == 1, down % 2 == 1
             families.append((found[up], found[down], -down / up, odd))
         incoming, outgoing, ratios, odd = ([one[j] for one in families] for j in range(4))

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def add(call: "Call", x: Any, y: Any, **_options: Any) -> Value:
     """Add two tensors, or a number to a tensor: all units are scaled alike."""
     if not (isinstance(x, Value) and isinstance(y, Value)):
-        return call.elementwise(x if isinstance(x, Value) else y, PLAIN)
+        value, number = (x, y) if isinstance(x, Value) else (y, x)
+        return call.elementwise(value, LINEAR if number == 0 else PLAIN)
     dims: list[Label] = []
     for a, b, m, n in aligned(x, y):
         if m == n:
@@ -78,7 +79,14 @@ def _glu_module(call: "Call", x: Value) -> Value:
 @rule(operator.truediv)
 @rule(torch.div)
 @rule("div")
-def _divide(call: "Call", x: Any, y: Any, **_options: Any) -> Value:
+def _divide(call: "Call", x: Any, y: Any, *, rounding_mode: str | None = None) -> Value:
+    if rounding_mode is not None:
+        values = [
+            replace(call, shape=v.shape).elementwise(v, PLAIN)
+            for v in (x, y)
+            if isinstance(v, Value)
+        ]
+        return values[0] if len(values) == 1 else multiply(call, *values)
     if not isinstance(x, Value):
         return call.elementwise(y, PLAIN)
     if not isinstance(y, Value):
@@ -111,8 +119,12 @@ def _power(call: "Call", x: Any, exponent: Any) -> Value:
 @rule("mm")
 def matmul(call: "Call", x: Value, y: Value) -> Value:
     """Contract the last dimension of one tensor with the last but one of another."""
-    if min(len(x.dims), len(y.dims)) < 2:
-        raise TypeError("tensors of two dimensions or more are wanted")
+    if len(x.dims) == 1:
+        found = matmul(call, Value((1, *x.shape), (FIXED, *x.dims)), y)
+        return Value(call.shape, (*found.dims[:-2], found.dims[-1]))
+    if len(y.dims) == 1:
+        found = matmul(call, x, Value((*y.shape, 1), (*y.dims, FIXED)))
+        return Value(call.shape, found.dims[:-1])
     # What the units are over comes first: each of those may have an element of its own.
     batch = [
         gated(call, a, b) if m == n else spread(call, a, b, n)
@@ -122,6 +134,18 @@ def matmul(call: "Call", x: Value, y: Value) -> Value:
     ]
     call.contract(x.dims[-1], y.dims[-2], [*x.dims[:-1], *y.dims[:-2], y.dims[-1]])
     return Value(call.shape, (*batch, x.dims[-2], y.dims[-1]))
+
+
+@rule(operator.floordiv)
+@rule(torch.floor_divide)
+@rule("floor_divide")
+@rule(operator.mod)
+@rule(torch.remainder)
+@rule("remainder")
+@rule(torch.fmod)
+@rule("fmod")
+def _floor(call: "Call", x: Any, y: Any) -> Value:
+    return _divide(call, x, y, rounding_mode="floor")
 
 
 @rule(torch.addmm)

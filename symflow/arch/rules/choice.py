@@ -1,5 +1,6 @@
 """Comparisons and choices, what goes by the order of places, copies and constants."""
 
+import math
 import operator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ import torch
 from symflow.arch.labels import FIXED, Atom, Label, label_of
 from symflow.arch.rules.arithmetic import add
 from symflow.arch.rules.elementwise import PLAIN, RELU
-from symflow.arch.rules.reduction import greater, kind, plain
+from symflow.arch.rules.reduction import greater, kind
 from symflow.arch.rules.registry import Value, rule
 
 if TYPE_CHECKING:
@@ -66,13 +67,22 @@ def _not(call: "Call", x: Value) -> Value:
 @rule(torch.where)
 def _where(call: "Call", condition: Value, x: Any, y: Any) -> Value:
     """Label a choice of two: both are scaled alike, the condition is permuted with them."""
+    if isinstance(call.target, str):  # as a method: x.where(condition, y)
+        condition, x = x, condition
+    return chosen(call, condition, x, y)
+
+
+def chosen(call: "Call", condition: Value, x: Any, y: Any) -> Value:
+    """Label what is ``x`` where a condition holds, ``y`` elsewhere."""
     values = [v for v in (x, y) if isinstance(v, Value)]
     if len(values) == 2:
         found = add(replace(call, shape=torch.broadcast_shapes(x.shape, y.shape)), *values)
     elif values:
-        found = call.elementwise(values[0], RELU if 0 in (x, y) else PLAIN)
+        number = y if isinstance(x, Value) else x
+        still = number in (0, math.inf, -math.inf)  # scales leave these where they are
+        found = call.elementwise(values[0], RELU if still else PLAIN)
     else:
-        found = plain(condition.shape)
+        return Value(call.shape, condition.dims)
     n = len(call.shape)
     dims, sizes = (FIXED,) * (n - len(found.dims)), (1,) * (n - len(found.dims))
     merged = list(zip(dims + found.dims, sizes + found.shape, strict=True))
@@ -88,7 +98,20 @@ def _where(call: "Call", condition: Value, x: Any, y: Any) -> Value:
 
 @rule("masked_fill")
 def _masked(call: "Call", x: Value, mask: Value, value: Any) -> Value:
-    return _where(call, mask, value, x)
+    return chosen(call, mask, value, x)
+
+
+@rule("index_put")
+@rule("index_put_")
+def _put(call: "Call", x: Value, indices: Any, value: Any, *_options: Any) -> Value:
+    """Label what is set where a mask holds; what is set at places ends all."""
+    mask = indices[0] if len(indices) == 1 else None
+    if isinstance(mask, Value) and mask.shape == x.shape and not getattr(value, "shape", ()):
+        return chosen(call, mask, value, x)
+    for one in (x, *indices, value):
+        for label in one.dims if isinstance(one, Value) else ():
+            call.tracing.fix(label, f"set at places at {call.path}")
+    return Value(x.shape, (FIXED,) * len(x.dims))
 
 
 @rule("gather")
@@ -105,6 +128,12 @@ def _picked(call: "Call", x: Value, dim: int, index: Value, **_options: Any) -> 
         call.tracing.fix(label, f"used as places at {call.path}")
     dims = (FIXED if k == at else label for k, label in enumerate(x.dims))
     return Value(call.shape, tuple(dims))
+
+
+@rule("cumprod")
+@rule(torch.cumprod)
+def _product_in_order(call: "Call", x: Value, dim: int, **_options: Any) -> Value:
+    return _in_order(call, Value(x.shape, call.elementwise(x, PLAIN).dims), dim)
 
 
 @rule("cumsum")
@@ -150,10 +179,16 @@ def _repeated(call: "Call", x: Value, *times: Any) -> Value:
 @rule("new_zeros")
 @rule("new_ones")
 @rule("new_full")
+@rule("zeros")
+@rule("ones")
+@rule("full")
 @rule(torch.ones_like)
 @rule(torch.zeros_like)
 @rule(torch.full_like)
-def _constant(call: "Call", x: Value, *_options: Any, **_named: Any) -> Value:
+@rule(torch.zeros)
+@rule(torch.ones)
+@rule(torch.full)
+def _constant(call: "Call", *_options: Any, **_named: Any) -> Value:
     """Label one number for all units: it does not see their order."""
     copied = (Label(((Atom(n, copied=True),),)) if n > 1 else FIXED for n in call.shape)
     return Value(call.shape, tuple(copied))

@@ -19,7 +19,7 @@ for _target in (
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
     *(F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d),
     *(torch.max_pool1d, torch.max_pool2d, "leaky_relu", "max_pool2d", torch.abs, "abs"),
-    *("max_pool1d", "max_pool3d", nn.RReLU, F.rrelu),
+    *("max_pool1d", "max_pool3d", nn.RReLU, F.rrelu, "adaptive_max_pool1d", "adaptive_max_pool2d"),
 ):
     rule(_target, RELU)
 for _target in (
@@ -38,7 +38,7 @@ for _target in (
     *(nn.Tanh, torch.tanh, F.tanh, "tanh", torch.sin, "sin", torch.erf, "erf"),
     *(nn.Softsign, F.softsign, nn.Tanhshrink, torch.arctan, torch.reciprocal, "reciprocal"),
     *(torch.sinh, "sinh", torch.asinh, "asinh", torch.tan, "tan", torch.atan, "atan", F.tanhshrink),
-    *(nn.Softshrink, F.softshrink, "softshrink", torch.round, "round"),
+    *(nn.Softshrink, F.softshrink, "softshrink", torch.round, "round", torch.trunc, "trunc"),
 ):
     rule(_target, ODD)
 for _target in (
@@ -51,6 +51,7 @@ for _target in (
     *(torch.log, "log", torch.log1p, "log1p", torch.expm1, "expm1", torch.cosh, "cosh"),
     *(nn.LogSigmoid, F.logsigmoid, "log_sigmoid", nn.Threshold, F.threshold, "threshold"),
     *(torch.floor, "floor", torch.ceil, "ceil", nn.Softmin, F.softmin, torch.sign, "sign"),
+    *(torch.isnan, "isnan", torch.nan_to_num, "nan_to_num", torch.frac, "frac"),
 ):
     rule(_target, PLAIN)
 
@@ -63,22 +64,14 @@ def _square(call: "Call", x: Value) -> Value:
 
 @rule(nn.Hardtanh)
 def _hardtanh_module(call: "Call", x: Value) -> Value:
-    return _clamp(call, x, call.module.min_val, call.module.max_val)
+    return _hardtanh(call, x, call.module.min_val, call.module.max_val)
 
 
 @rule(F.hardtanh)
 def _hardtanh(
     call: "Call", x: Value, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> Value:
-    return _clamp(call, x, min_val, max_val)
-
-
-@rule("clamp")
-@rule(torch.clamp)
-def _clamp(call: "Call", x: Value, min: float | None = None, max: float | None = None) -> Value:
-    if (min, max) == (0, None):
-        return call.elementwise(x, RELU)
-    return call.elementwise(x, ODD if None not in (min, max) and min == -(max or 0) else PLAIN)
+    return call.elementwise(x, ODD if min_val == -max_val else PLAIN)
 
 
 @rule(nn.Identity)

@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 def dense(call: "Call", x: Value) -> Value:
     """Map the last dimension by a matrix of the module."""
     out = call.new_axis(call.module.out_features)
-    call.tracing.share(x.dims[-1], list(x.dims[:-1]))
-    leaves = [call.label("weight", out, x.dims[-1].dual())]
+    before = _incoming(call, x.dims[-1], x.shape[-1])
+    call.tracing.share(before, list(x.dims[:-1]))
+    leaves = [call.label("weight", out, before.dual())]
     if call.module.bias is not None:
+        _biased(call, x.dims[:-1])
         leaves.append(call.label("bias", out))
     moved = x.with_dim(-1, out, call.module.out_features)
     return replace(moved, made_by=tuple(leaves))
@@ -30,13 +32,31 @@ def dense(call: "Call", x: Value) -> Value:
 @rule("linear")
 def linear(call: "Call", x: Value, weight: Value, bias: Value | None = None) -> Value:
     """Map the last dimension by a matrix that is a value too."""
-    call.contract(x.dims[-1], weight.dims[1], list(x.dims[:-1]))
+    before = _incoming(call, x.dims[-1], x.shape[-1])
+    call.contract(before, weight.dims[1], list(x.dims[:-1]))
     out = weight.dims[0]
     made_by = weight.made_by
     if bias is not None:
+        _biased(call, x.dims[:-1])
         out = call.tracing.unify(out, bias.dims[0], f"added at {call.path}")
         made_by += bias.made_by
     return replace(x.with_dim(-1, out, weight.shape[0]), made_by=made_by)
+
+
+def _incoming(call: "Call", label: Label, size: int) -> Label:
+    """Label what comes in: one number for all units has columns of its own, in any order."""
+    parts = call.tracing.resolve(label).parts
+    if not parts or not all(atom.copied for part in parts for atom in part):
+        return label
+    own = call.new_axis(size)
+    call.tracing.weaken(own, PLAIN, "one number for all of it")
+    return own
+
+
+def _biased(call: "Call", others: tuple[Label, ...]) -> None:
+    """Let dimensions stand beside a bias, which is one number for all their units."""
+    for label in others:
+        call.tracing.weaken(label, PLAIN, call.name)
 
 
 @rule(nn.Conv1d)

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from symflow.arch.labels import FIXED, Label, label_of
-from symflow.arch.rules.registry import Activation, Value, rule
+from symflow.arch.labels import FIXED, Atom, Label, label_of
+from symflow.arch.rules.registry import PLAIN, Activation, Value, rule
 from symflow.errors import UnsupportedModuleError
 
 if TYPE_CHECKING:
@@ -47,16 +47,16 @@ def _run(call: "Call", x: Value, state: Any, candidates: tuple[int, ...]) -> Any
         for suffix in ("", "_reverse")[:directions]:
             unit = call.new_axis(width)
             call.tracing.weaken(unit, through, layer.mode.lower())
-            if state is not None:
-                call.tracing.fix(unit, f"started from a state that stays, at {call.path}")
+            _start(call, unit, state)
             plain = call.tracing.permuted(unit)
-            gates = label_of([(unit if odd else plain).parts[0] for odd in candidates])
+            parts = ((unit if odd else plain).parts or ((Atom(width),),) for odd in candidates)
+            gates = label_of([part for own in parts for part in own])
             call.label(f"weight_ih_l{k}{suffix}", gates, before.dual())
             call.label(f"weight_hh_l{k}{suffix}", gates, unit.dual())
             for bias in ("ih", "hh") if layer.bias else ():
                 call.label(f"bias_{bias}_l{k}{suffix}", gates)
             outs.append(unit)
-        before = label_of([unit.parts[0] for unit in outs])
+        before = label_of([part for unit in outs for part in unit.parts or ((Atom(width),),)])
         units += outs
     middle = (FIXED,) * (len(x.dims) - 1)
     output = Value((*x.shape[:-1], width * directions), (*middle, before))
@@ -65,3 +65,13 @@ def _run(call: "Call", x: Value, state: Any, candidates: tuple[int, ...]) -> Any
         return output, Value((1, batch, width), (FIXED, FIXED, units[0]))
     # One label for each layer and direction, whose units differ: picked by an index.
     return output, tuple(Value((batch, width), (FIXED, unit)) for unit in units)
+
+
+def _start(call: "Call", unit: Label, state: Any) -> None:
+    """Begin with a state: one number for all units sees no order, others stay where they are."""
+    given = () if state is None else state if isinstance(state, tuple | list) else (state,)
+    for value in given:
+        if call.tracing.resolve(value.dims[-1]).is_copied or value.shape[-1] == 1:
+            call.tracing.weaken(unit, PLAIN, "its state at the start")
+        else:
+            call.tracing.fix(unit, f"started from a state that stays, at {call.path}")

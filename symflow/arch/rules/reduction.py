@@ -6,7 +6,7 @@ import torch
 
 from symflow.arch.labels import FIXED
 from symflow.arch.rules.arithmetic import add
-from symflow.arch.rules.elementwise import PLAIN, RELU
+from symflow.arch.rules.elementwise import ODD, PLAIN, RELU
 from symflow.arch.rules.registry import Activation, Value, rule
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _most(call: "Call", x: Value, dim: Any = None, keepdim: bool = False, **opti
     if isinstance(other, Value):
         return greater(call, x, other)
     values = _extreme(call, x, dim=dim, keepdim=keepdim)
-    return values if dim is None else (values, plain(values.shape))
+    return values if dim is None else (values, _places_of(call, x, dim, values.shape))
 
 
 @rule("maximum")
@@ -108,10 +108,33 @@ def greater(call: "Call", x: Value, y: Value) -> Value:
 @rule("clamp_max")
 @rule(torch.clamp_min)
 @rule(torch.clamp_max)
-def _clamp_end(call: "Call", x: Value, end: Any) -> Value:
-    return call.elementwise(x, RELU if isinstance(end, int | float) and end == 0 else PLAIN)
+def _clamp_end(call: "Call", x: Value, end: Any = 0, **named: Any) -> Value:
+    for other in (end, *named.values()):
+        if isinstance(other, Value):
+            return greater(call, x, other)
+    return call.elementwise(x, RELU if end == 0 and not any(named.values()) else PLAIN)
 
 
+@rule("clamp")
+@rule("clamp_")
+@rule("clip")
+@rule(torch.clamp)
+@rule(torch.clip)
+def _clamp(call: "Call", x: Value, min: Any = None, max: Any = None) -> Value:
+    ends = [end for end in (min, max) if end is not None]
+    if any(isinstance(end, Value) for end in ends):
+        for end in ends:
+            x = _clamp_end(call, x, end)
+        return x
+    if ends == [0]:
+        return call.elementwise(x, RELU)
+    return call.elementwise(x, ODD if len(ends) == 2 and min == -max else PLAIN)
+
+
+@rule("any")
+@rule("all")
+@rule(torch.any)
+@rule(torch.all)
 @rule("prod")
 @rule(torch.prod)
 @rule("logsumexp")
@@ -126,7 +149,7 @@ def _reduce_plainly(
 @rule(torch.sort)
 @rule("topk")
 @rule(torch.topk)
-def _sorted(call: "Call", x: Value, *options: Any, **named: Any) -> tuple[Value, Value]:
+def _sorted(call: "Call", x: Value, *options: Any, **named: Any) -> tuple[Value, Any]:
     """Label sorted numbers and their places: the order of units is not seen, single ones are."""
     names = ("k", "dim") if kind(call) == "topk" else ("dim", "descending")
     given = {"dim": -1} | dict(zip(names, options, strict=False)) | named
@@ -134,7 +157,18 @@ def _sorted(call: "Call", x: Value, *options: Any, **named: Any) -> tuple[Value,
     call.tracing.weaken(x.dims[at], PLAIN, call.name)
     call.tracing.share(x.dims[at], [d for k, d in enumerate(x.dims) if k != at])
     found = x.with_dim(at, FIXED, given.get("k", x.shape[at]))
-    return call.elementwise(found, RELU), plain(found.shape)
+    return call.elementwise(found, RELU), _places_of(call, x, at, found.shape)
+
+
+def _places_of(call: "Call", x: Value, dim: int, shape: tuple[int, ...]) -> Any:
+    """Return the label of places along a dimension, whose units are told apart if it is used."""
+
+    def label(*, used: bool) -> Value:
+        if used:
+            call.tracing.fix(x.dims[dim], f"its places are told apart at {call.path}")
+        return plain(shape)
+
+    return label
 
 
 @rule("argmax")

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeVar, final
 
 import torch
 from torch import nn
-from torch._ops import OpOverload  # what the nodes of torch.export call
+from torch._ops import OpOverload, OpOverloadPacket  # what the nodes of torch.export call
 from torch.nn import functional
 
 from symflow.arch.labels import Label
@@ -129,6 +129,10 @@ def rule(target: Any, activation: Activation | None = None) -> Any:
     >>> symflow.Architecture.from_module(net, torch.zeros(1, 2)).axes[0].group
     Permutation(size=3) @ Sign(size=3)
     """
+    if isinstance(target, OpOverload):
+        target = target.overloadpacket
+    if isinstance(target, OpOverloadPacket):
+        target = target.__name__
     if activation is not None:
         _RULES[target] = activation
         return None
@@ -184,6 +188,8 @@ def require_rule(target: Any, path: str) -> Activation | Callable[..., Value]:
 
 def _spelled(target: Any) -> tuple[str, str]:
     """Write a target as code would, and say what it is."""
+    if isinstance(target, OpOverload):
+        return repr(target.overloadpacket.__name__), "an ATen operation"
     if isinstance(target, str):
         return repr(target), "a method of tensors"
     name = getattr(target, "__name__", str(target))

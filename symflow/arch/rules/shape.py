@@ -172,6 +172,9 @@ def _index(call: "Call", x: Value, key: Any) -> Value:
         rest = keys[:at] + keys[at + 1 :]
         if at < len(keys) and isinstance(keys[at], int) and all(k == slice(None) for k in rest):
             return places[keys[at]]
+    tensors = [k for k, one in enumerate(keys) if isinstance(one, Value)]
+    if tensors:
+        return _looked_up(call, x, keys)
     dims: list[Label] = []
     source = iter(zip(x.dims, x.shape, strict=True))
     for one in keys:
@@ -183,13 +186,42 @@ def _index(call: "Call", x: Value, key: Any) -> Value:
             dims.append(_sliced(call, label, size, one))
         else:
             call.tracing.fix(label, f"single units are read at {call.path}")
-            if isinstance(one, Value):
-                raise UnsupportedModuleError(
-                    f"{call.path!r}: indexing with a tensor has no rule; register one for "
-                    "operator.getitem, or use an nn.Embedding"
-                )
     dims += [label for label, _ in source]
     return Value(call.shape, tuple(dims))
+
+
+@rule("index")
+def _aten_index(call: "Call", x: Value, keys: Any) -> Value:
+    return _looked_up(call, x, [slice(None) if one is None else one for one in keys])
+
+
+def _looked_up(call: "Call", x: Value, keys: list[Any]) -> Value:
+    """Label places that tensors tell: single units are read there, the others stay."""
+    before: list[Label] = []
+    after: list[Label] = []
+    places = [k for k, one in enumerate(keys) if isinstance(one, Value | int)]
+    apart = places != list(range(places[0], places[-1] + 1))
+    source = iter(zip(x.dims, x.shape, strict=True))
+    for k, one in enumerate(keys):
+        side = before if not apart and k < places[0] else after
+        if one is None:
+            side.append(FIXED)
+            continue
+        label, size = next(source)
+        if isinstance(one, slice):
+            side.append(_sliced(call, label, size, one))
+            continue
+        for index in one.dims if isinstance(one, Value) else ():
+            call.tracing.fix(index, f"used as places at {call.path}")
+        call.tracing.fix(label, f"single units are read at {call.path}")
+        taken = len(x.dims) + len(one.dims) - len(call.shape) if isinstance(one, Value) else 1
+        if len(keys) == 1 and taken > 1:  # a mask takes as many dimensions as it has
+            for label, _ in zip(x.dims[1:], one.dims[1:], strict=False):
+                call.tracing.fix(label, f"masked at {call.path}")
+                next(source)
+    after += [label for label, _ in source]
+    middle = (FIXED,) * (len(call.shape) - len(before) - len(after))
+    return Value(call.shape, (*before, *middle, *after))
 
 
 def _sliced(call: "Call", label: Label, size: int, key: slice) -> Label:
@@ -307,9 +339,10 @@ def _slice(
 
 
 @rule(getattr)
-def _attribute(call: "Call", x: Any, name: str) -> Value:
+def _attribute(call: "Call", x: Any, name: str) -> Any:
     if isinstance(x, tuple) and name in ("values", "indices"):  # of a maximum, or sorted
-        return x[name == "indices"]
+        part: Any = x[1 if name == "indices" else 0]
+        return part(used=True) if callable(part) else part
     if name == "mT":
         return _transpose(call, x, -2, -1)
     if name == "T":
