@@ -12,6 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from types import SimpleNamespace
 from typing import Any, final
 
 import torch
@@ -23,7 +24,7 @@ import symflow
 from symflow import flows
 from symflow.arch import Architecture, InputCoordinates
 from symflow.evaluate import accuracy, loss, reset_normalisation, weight_average
-from symflow.zoo import Task, train
+from symflow.zoo import Task, Zoo, train
 
 PRESETS = {
     "Euclidean": flows.euclidean,
@@ -40,7 +41,12 @@ COUPLINGS = {
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 COMPARED = 2000  # training inputs on which samples are compared with runs
 AUDITED = 64  # samples that are compared with every training network
-NEWER = {"noisy": 0.0, "finish": None, "predicts": "end"}  # settings that the first rows lack
+NEWER = {
+    "noisy": 0.0,
+    "finish": None,
+    "predicts": "end",
+    "snapshots": 0,
+}  # settings that the first rows lack
 
 
 @final
@@ -120,6 +126,8 @@ class FlowSettings:
         A second stage of training, or none.
     predicts
         What the field gives: the end of a path, or its velocity.
+    snapshots
+        Weights along the second half of each run's training are ends too, every so many steps.
     """
 
     preset: str = "Geometric"
@@ -144,6 +152,7 @@ class FlowSettings:
     noisy: float = 0.0
     finish: Finish | None = None
     predicts: str = "end"
+    snapshots: int = 0
 
     def told(self) -> dict[str, Any]:
         """Return what a row depends on."""
@@ -178,19 +187,7 @@ class Experiment:
         self.ledger = Ledger(name, fast, only, (device, zoo_device or device))
         self.task, self.settings = task, settings
         self.arch = symflow.mlp(list(settings.widths)) if arch is None else arch
-        zoo = train(
-            self.arch,
-            task,
-            runs=settings.runs + settings.held_out,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            init=settings.source,
-            seed=settings.seed,
-            folder=self.ledger.folder / "zoo",
-            checkpoint_every=1 if settings.epochs < 5 else 10,
-            device=zoo_device or device,
-            **settings.options,
-        )
+        zoo = self.zoo(settings.runs + settings.held_out, "zoo")
         self.training = zoo.select(slice(0, settings.runs))
         self.held_out = zoo.select(slice(settings.runs, None))
 
@@ -316,10 +313,10 @@ class Experiment:
     ) -> tuple[flows.Flow, float]:
         """Train one stage, in a folder of the whole training."""
         folder = self.ledger.folder / "flows" / _folder(whole)
-        training, runs = self.training, stage.runs
+        training = self._ends(stage)
         start = time.perf_counter()
         flow.fit(
-            training if runs is None else training.select(slice(0, runs)),
+            training,
             inputs=self.task.x_train,
             validation=self.held_out,
             folder=folder,
@@ -341,6 +338,38 @@ class Experiment:
         seconds = before + time.perf_counter() - start
         clock.write_text(json.dumps(seconds))
         return flow, seconds
+
+    def _ends(self, settings: FlowSettings) -> Any:
+        """Return the runs that a flow is trained on, with snapshots of them if it has any."""
+        runs, every = settings.runs or self.settings.runs, settings.snapshots
+        if not every:
+            return self.training.select(slice(0, runs))
+        again = self.zoo(runs, f"zoo-{runs}-{every}", snapshot_every=every)
+        along = torch.as_tensor(again.snapshots)
+        # Each run with all of its weights, from the initial ones of the same run.
+        return SimpleNamespace(
+            initial=again.initial.repeat_interleave(along.shape[1], 0), final=along.flatten(0, 1)
+        )
+
+    def zoo(self, runs: int, folder: str, **options: Any) -> Zoo:
+        """Train the first runs, or read them; the same, whatever their number."""
+        settings = self.settings
+        half = {"burn_in": settings.epochs // 2} if "snapshot_every" in options else {}
+        return train(
+            self.arch,
+            self.task,
+            runs=runs,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            init=settings.source,
+            seed=settings.seed,
+            folder=self.ledger.folder / folder,
+            checkpoint_every=1 if settings.epochs < 5 else 10,
+            device=self.ledger.devices[1],
+            **half,
+            **options,
+            **settings.options,
+        )
 
     def baselines(self) -> dict[str, Callable[[], Tensor]]:
         """Return what needs no flow: noise on copies, middles, averages, independent numbers."""

@@ -36,6 +36,8 @@ def rows() -> dict[str, FlowSettings]:
     found["Euclidean, run, behaviour, velocity"] = replace(
         CELL, preset="Euclidean", predicts="velocity"
     )
+    # As the source thesis has it: 50 runs, and weights along the training of each.
+    found["Geometric, 50 runs with snapshots"] = replace(CELL, runs=50, snapshots=10)
     return found | {f"Geometric, {n} runs": replace(CELL, runs=n) for n in SIZES}
 
 

@@ -100,8 +100,14 @@ def modules(tmp_path, monkeypatch):
         "    return None\n"
         "def opaque():\n"
         "    return nn.LSTM(4, 6), torch.zeros(1, 4)\n"
-        "def folded():\n"
-        "    return nn.Sequential(nn.Linear(4, 4), nn.Fold(2, 1)), torch.zeros(1, 1, 4)\n"
+        "class Twice(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.inner = nn.Bilinear(4, 4, 4)\n"
+        "    def forward(self, x):\n"
+        "        return self.inner(x, x)\n"
+        "def bilinear():\n"
+        "    return nn.Sequential(nn.Linear(4, 4), Twice()), torch.zeros(1, 4)\n"
         "def failing():\n"
         "    raise OverflowError('too\\nmany')\n"
         "number = 3\n"
@@ -608,7 +614,7 @@ def test_inspect_refuses_what_it_cannot_show(run, tmp_path):
         (["--module", "mynets:nothing"], "or an Architecture; it returns NoneType"),
         (["--module", "mynets:Net"], "such as --input 1,784"),
         (["--module", "mynets:pair"], "missing leaves ['first.bias'"),
-        (["--module", "mynets:folded"], "no symmetry rule for nn.Fold"),
+        (["--module", "mynets:bilinear"], "no symmetry rule for nn.Bilinear"),
         (["--module", "mynets:failing"], "failing() failed with OverflowError: too. Name a"),
         (["--module", "torch.nn:Linear"], "Linear() failed with TypeError: "),
         (["--module", "mynets:Net", "--input", "1,9"], "example inputs [(1, 9)]"),
