@@ -18,13 +18,19 @@ if TYPE_CHECKING:
 @rule("sum")
 @rule(torch.sum)
 def reduce(
-    call: "Call", x: Value, dim: Any = None, keepdim: bool = False, **_options: Any
+    call: "Call",
+    x: Value,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    seen: Activation = PLAIN,
+    **_options: Any,
 ) -> Value:
-    """Sum over dimensions: what is left moves as it did."""
+    """Sum over dimensions: what is left moves as it did; ``seen`` is what the sum does not see."""
     every = range(len(x.dims)) if dim is None else (dim,) if isinstance(dim, int) else dim
     gone = [k % len(x.dims) for k in every]
     for k in gone:  # a sum over units does not see their order, but each one's sign and scale
-        call.tracing.weaken(x.dims[k], PLAIN, call.name)
+        call.tracing.weaken(x.dims[k], seen, call.name)
         call.tracing.share(x.dims[k], [dim for j, dim in enumerate(x.dims) if j not in gone])
     left = [
         (1, FIXED) if k in gone else one for k, one in enumerate(zip(x.shape, x.dims, strict=True))
@@ -71,11 +77,11 @@ def _extreme(
     call: "Call", x: Value, *options: Any, dim: Any = None, keepdim: bool = False
 ) -> Value:
     """Label the greatest of some numbers, or their norm: positive scales of the rest pass."""
-    if kind(call) == "linalg_vector_norm":  # the order comes first
-        options = options[1:]
-    given = dict(zip(("dim", "keepdim"), options, strict=False))
+    of_sizes = kind(call) == "linalg_vector_norm"
+    given = dict(zip(("dim", "keepdim"), options[1:] if of_sizes else options, strict=False))
     at, keep = given.get("dim", dim), given.get("keepdim", keepdim)
-    return call.elementwise(reduce(call, x, at if at != [] else None, keep), RELU)
+    seen = ODD if of_sizes else PLAIN  # norms do not see signs
+    return call.elementwise(reduce(call, x, at if at != [] else None, keep, seen=seen), RELU)
 
 
 @rule("max")
