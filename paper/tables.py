@@ -95,6 +95,9 @@ THESIS = {
 }
 
 
+QUALITY = ("accuracy", "loss", "averaged", "diversity", "calibration", "calibration_averaged")
+
+
 def over_seeds(stored: dict[str, Any]) -> dict[str, Any]:
     """Put the rows of one flow with several seeds together: means, and their standard errors."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -106,7 +109,7 @@ def over_seeds(stored: dict[str, Any]) -> dict[str, Any]:
             together[name] = group[0]
             continue
         one = dict(group[0])  # seconds, too: others may have run on other machines
-        for key in ("accuracy", "loss", "averaged", "diversity", "nearest", "overlap"):
+        for key in (*QUALITY, "nearest", "overlap"):
             one[key] = mean([found[key] for found in group])
         for key in ("accuracy", "loss"):
             one[f"{key}_error"] = standard_error([found[key] for found in group])
@@ -128,6 +131,7 @@ def flows(experiment: str, *, fast: bool) -> str:
                 rf"${found['loss']:.4f} \pm {found['loss_error']:.4f}$",
                 f"{found['averaged']:.4f}",
                 f"{found['diversity']:.4f}",
+                f"{found['calibration']:.3f} / {found['calibration_averaged']:.3f}",
                 f"{found['nearest'] / reference:.2f}",
                 f"{found['overlap']:.2f}",
                 f"{found['seconds'] / 60:.1f}" if "seconds" in found else "",
@@ -135,7 +139,8 @@ def flows(experiment: str, *, fast: bool) -> str:
                 f"{theirs[0]:.3f} / {theirs[1]:.3f}" if theirs else "",
             ]
         )
-    heads = ["networks", "accuracy", "loss", "averaged", "diversity", "nearest", "overlap"]
+    heads = ["networks", "accuracy", "loss", "averaged", "diversity", "calibration"]
+    heads += ["nearest", "overlap"]
     return table([*heads, "minutes", "parameters", "thesis"], rows)
 
 

@@ -104,6 +104,7 @@ def test_tables_hold_every_stored_row(monkeypatch):
     monkeypatch.setattr(tables, "STORED", ledger.RESULTS)
     figures = {"accuracy": 0.9, "accuracy_error": 0.01, "loss": 0.2, "loss_error": 0.01}
     figures |= {"averaged": 0.95, "diversity": 0.01, "nearest": 2.0, "overlap": 0.5}
+    figures |= {"calibration": 0.02, "calibration_averaged": 0.03}
     stored = Ledger("mnist", fast=False)
     stored.row(Row("trained, held out", {}), lambda: figures)
     stored.row(Row("Geometric, run", {}), lambda: figures | {"nearest": 1.0, "seconds": 120.0})
