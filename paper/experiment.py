@@ -41,12 +41,8 @@ COUPLINGS = {
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 COMPARED = 2000  # training inputs on which samples are compared with runs
 AUDITED = 64  # samples that are compared with every training network
-NEWER = {
-    "noisy": 0.0,
-    "finish": None,
-    "predicts": "end",
-    "snapshots": 0,
-}  # settings that the first rows lack
+# Settings that the first rows lack.
+NEWER = {"noisy": 0.0, "finish": None, "predicts": "end", "snapshots": 0}
 
 
 @final
@@ -292,11 +288,8 @@ class Experiment:
             coupling=COUPLINGS[settings.coupling],
             bridge=settings.bridge,
         ).recipe
-        recipe = replace(
-            recipe,
-            predicts=settings.predicts,
-            alignment=settings.alignment or recipe.alignment,
-        )
+        alignment = settings.alignment or recipe.alignment
+        recipe = replace(recipe, predicts=settings.predicts, alignment=alignment)
         return flows.Flow(
             self.arch,
             recipe,
@@ -344,7 +337,8 @@ class Experiment:
         runs, every = settings.runs or self.settings.runs, settings.snapshots
         if not every:
             return self.training.select(slice(0, runs))
-        again = self.zoo(runs, f"zoo-{runs}-{every}", snapshot_every=every)
+        half = self.settings.epochs // 2
+        again = self.zoo(runs, f"zoo-{runs}-{every}", snapshot_every=every, burn_in=half)
         along = torch.as_tensor(again.snapshots)
         # Each run with all of its weights, from the initial ones of the same run.
         return SimpleNamespace(
@@ -354,7 +348,6 @@ class Experiment:
     def zoo(self, runs: int, folder: str, **options: Any) -> Zoo:
         """Train the first runs, or read them; the same, whatever their number."""
         settings = self.settings
-        half = {"burn_in": settings.epochs // 2} if "snapshot_every" in options else {}
         return train(
             self.arch,
             self.task,
@@ -366,7 +359,6 @@ class Experiment:
             folder=self.ledger.folder / folder,
             checkpoint_every=1 if settings.epochs < 5 else 10,
             device=self.ledger.devices[1],
-            **half,
             **options,
             **settings.options,
         )

@@ -154,10 +154,11 @@ def test_buffers_have_no_length():
     assert space.dist(torch.zeros(3), torch.tensor([0.0, 0.0, 5.0])) == 0
 
 
-def test_geoopts_optimiser_runs_on_the_sphere_section():
+@pytest.mark.parametrize("options", [{"section": "sphere"}, {"metric": "intrinsic"}], ids=str)
+def test_geoopts_optimiser_stays_on_the_section(options):
     torch.manual_seed(0)
     arch = symflow.mlp([4, 8, 2])
-    space = symflow.Quotient(arch, "sphere").manifold
+    space = symflow.Quotient(arch, **options).manifold
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 4, generator=generator)
     y = (x[:, 0] + x[:, 1].abs() > 0.5).long()

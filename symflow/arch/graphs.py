@@ -3,7 +3,6 @@
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -56,8 +55,11 @@ def graphs_of(module: nn.Module, inputs: tuple[Any, ...]) -> Iterator[fx.GraphMo
             "symflow.arch.rule"
         ) from failed
     yield exported.module(check_guards=False)
-    with suppress(Exception):  # the graph before has told what is missing
-        yield _taken_apart(exported)
+    try:
+        apart = _taken_apart(exported)
+    except Exception:
+        return  # the graphs before have told what is missing
+    yield apart
 
 
 def _place(error: Exception) -> str:

@@ -143,13 +143,13 @@ def trace(
         If neither torch.fx nor torch.export can trace the module, or an operation has no rule; it
         names the place.
     """
-    first = None
+    failed: list[Exception] = []
     for graph in graphs_of(module, inputs):
         try:
             return _traced(graph, module, inputs, names, frozen, limit)
         except (UnsupportedModuleError, ShapeError) as error:
-            first = first or error  # of the graph that is most like the module
-    raise first or UnsupportedModuleError(f"{type(module).__name__} has no graph")
+            failed.append(error)
+    raise failed[0]  # of the graph that is most like the module
 
 
 def _traced(

@@ -172,22 +172,7 @@ def _index(call: "Call", x: Value, key: Any) -> Value:
         rest = keys[:at] + keys[at + 1 :]
         if at < len(keys) and isinstance(keys[at], int) and all(k == slice(None) for k in rest):
             return places[keys[at]]
-    tensors = [k for k, one in enumerate(keys) if isinstance(one, Value)]
-    if tensors:
-        return _looked_up(call, x, keys)
-    dims: list[Label] = []
-    source = iter(zip(x.dims, x.shape, strict=True))
-    for one in keys:
-        if one is None:
-            dims.append(FIXED)
-            continue
-        label, size = next(source)
-        if isinstance(one, slice):
-            dims.append(_sliced(call, label, size, one))
-        else:
-            call.tracing.fix(label, f"single units are read at {call.path}")
-    dims += [label for label, _ in source]
-    return Value(call.shape, tuple(dims))
+    return _looked_up(call, x, keys)
 
 
 @rule("index")
@@ -196,10 +181,13 @@ def _aten_index(call: "Call", x: Value, keys: Any) -> Value:
 
 
 def _looked_up(call: "Call", x: Value, keys: list[Any]) -> Value:
-    """Label places that tensors tell: single units are read there, the others stay."""
+    """Label what is read at places: single units are told apart there, slices are cut out.
+
+    What several tensors tell stands where they stood, in front if something was between them.
+    """
     before: list[Label] = []
     after: list[Label] = []
-    places = [k for k, one in enumerate(keys) if isinstance(one, Value | int)]
+    places = [k for k, one in enumerate(keys) if isinstance(one, Value | int)] or [len(keys)]
     apart = places != list(range(places[0], places[-1] + 1))
     source = iter(zip(x.dims, x.shape, strict=True))
     for k, one in enumerate(keys):
